@@ -1,0 +1,202 @@
+"""The contract between accelrt and the runtimes under it.
+
+A *backend* is a family of devices with one name; an *engine* is one runtime that compiles for and runs on them. An
+author writes both: five methods an engine, one a backend. accelrt owns the rest: partitioning, fallback, artifacts,
+scheduling. `accelrt.testing.contract` is a test suite to inherit, ``backends/README.md`` a walk-through.
+
+Importing a backend must not import its vendor's SDK, which may be missing or broken: that is what `Engine.status` tells.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Literal, Self, TypeAlias
+
+from accelrt.graph.node import Node
+from accelrt.graph.types import Signature, Value
+
+API_VERSION = 1
+"""Raised when the contract changes in a way that breaks engines; a plug-in of another version is refused."""
+
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One place where programs run; ``index`` counts within the backend, ``memory_bytes`` is None if unknown."""
+
+    backend: str
+    index: int
+    description: str
+    memory_bytes: int | None = None
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The device as a target names it: ``cpu:0``."""
+        return f"{self.backend}:{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Whether an engine is usable here; if not, ``reason`` says why and ``remedy`` is the command that helps."""
+
+    usable: bool
+    version: str | None = None
+    reason: str | None = None
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """An engine's answer about one node; a refusal carries its reason."""
+
+    supported: bool
+    reason: str = ""
+
+    @classmethod
+    def refuse(cls, reason: str) -> Verdict:
+        """Return a refusal."""
+        return cls(False, reason)
+
+
+SUPPORTED = Verdict(True)
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """What an engine can do, as data.
+
+    Attributes:
+        concurrent: `Executable.run` may be called from several threads at once.
+        parallelism: Calls in flight that keep one device busy.
+        emulated: Computes on the CPU in the name of other hardware; never chosen unless asked for by name.
+        last_resort: Right but slow; nodes are never moved here to save a cut.
+        default_precision: What the engine computes in unless told otherwise; recorded in every artifact.
+    """
+
+    concurrent: bool = True
+    parallelism: int = 1
+    emulated: bool = False
+    last_resort: bool = False
+    default_precision: Precision = "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """The options of an engine that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompileJob:
+    """What an engine is asked to compile: an ONNX file whose weights lie beside it as external data."""
+
+    model: Path
+    signature: Signature
+    precision: Precision
+    options: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A compiled segment: the files an engine wrote under ``path``, and the toolchain they depend on.
+
+    ``fingerprint`` is compared with `Engine.fingerprint` before a program is loaded.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    fingerprint: Mapping[str, str]
+    signature: Signature
+    options: Any
+
+
+class Executable(ABC):
+    """A program resident on a device."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
+        """Compute the outputs by name; ``inputs`` have been checked against the signature.
+
+        Arrays are numpy's (C order), sequences lists, an empty optional None. Inputs are never written to, and
+        outputs must stay valid when ``run`` is called again.
+
+        Raises:
+            DeviceLost: The device is gone; the executable will not be used again.
+            Exception: Anything else fails this call only.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the device; called once, after the last ``run`` has returned."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Engine(ABC):
+    """One vendor runtime. Cheap to construct; the vendor's SDK is imported by the methods that need it."""
+
+    name: ClassVar[str]
+    formats: ClassVar[tuple[str, ...]] = ("onnx",)
+    caps: ClassVar[Caps] = Caps()
+    options: ClassVar[type] = NoOptions
+    requires: ClassVar[str] = ""
+
+    @abstractmethod
+    def status(self) -> Status:
+        """Tell whether the engine is usable. Never raises, never takes the process down."""
+
+    @abstractmethod
+    def fingerprint(self) -> Mapping[str, str]:
+        """Return what a program depends on: versions, instruction set, device kind. Only called when usable."""
+
+    @abstractmethod
+    def supports(self, node: Node, precision: Precision) -> Verdict:
+        """Tell whether a node can be compiled, with the reason if not. Depends on nothing but its arguments."""
+
+    def supports_all(self, nodes: Sequence[Node], precision: Precision) -> list[Verdict]:
+        """Answer for many nodes at once; override where asking together is cheaper than one by one."""
+        return [self.supports(node, precision) for node in nodes]
+
+    @abstractmethod
+    def compile(self, job: CompileJob, out: Path) -> Program:
+        """Write a program into the empty folder ``out``.
+
+        Weights written as ONNX external data into one file beside the model are stored once with all others.
+
+        Raises:
+            CompileError: The segment cannot be compiled; it goes to the next engine.
+        """
+
+    @abstractmethod
+    def load(self, program: Program, devices: Sequence[Device]) -> Executable:
+        """Make a program resident on ``devices``.
+
+        Raises:
+            IncompatibleProgram: The files do not fit this toolchain after all.
+            OutOfDeviceMemory, CoresUnavailable: The devices cannot take it.
+        """
+
+
+class Backend(ABC):
+    """A family of devices and the engines that run on it, in order of preference."""
+
+    name: ClassVar[str]
+    api_version: ClassVar[int] = API_VERSION
+    engines: tuple[Engine, ...]
+    fallback: ClassVar[tuple[str, ...]] = ()
+    """Engines, in order, that take what others refuse: the ``cpu`` backend's alone are asked."""
+
+    @abstractmethod
+    def devices(self) -> Sequence[Device]:
+        """Return the devices at hand; an empty sequence means that programs can be compiled but not run."""

@@ -1,0 +1,141 @@
+"""Every error that accelrt raises on purpose, in one tree.
+
+::
+
+    AccelrtError
+    ├── TargetError               a target that cannot be parsed, or names nothing known
+    │   └── BackendUnavailable    known and asked for by name, but not usable on this machine
+    ├── RegistryError             a plug-in that cannot be registered or loaded
+    ├── OptionError               an unknown option, or a value out of its range
+    ├── SourceError               a model that is not recognised, or cannot be turned into a graph
+    │   └── GraphError            a graph that is not valid ONNX, or reaches outside its folder
+    ├── InputError                inputs of `predict` that do not fit the signature
+    ├── UnsupportedNodes          ``fallback="error"`` and some nodes would leave the requested engine
+    ├── CompileError              an engine could not compile a segment
+    │   └── IsolatedError         the child process that did the work crashed, hung or ran out of memory
+    ├── ArtifactError             an artifact that cannot be read, written or trusted
+    │   ├── CorruptArtifact       truncated, altered, malformed or hostile
+    │   ├── ArtifactVersionError  written by a newer accelrt
+    │   └── IncompatibleProgram   compiled by another toolchain or for another device
+    ├── DeviceError               a device that cannot be had or has failed
+    │   ├── CoresUnavailable      more devices or cores asked for than there are
+    │   ├── OutOfDeviceMemory     the program does not fit the device
+    │   └── DeviceLost            the device went away while in use
+    ├── ExecutionError            a segment failed on every engine that may run it
+    └── SessionClosed             the session was closed
+
+Each message says what was asked, what was found and, as ``hint``, what to do next.
+"""
+
+from __future__ import annotations
+
+
+class AccelrtWarning(UserWarning):
+    """Something the user should see once, and may turn into an error."""
+
+
+class AccelrtError(Exception):
+    """Base of every error raised by accelrt.
+
+    Args:
+        message: What was asked and what was found.
+        hint: What to do next, a sentence or a command.
+        backend: Name of the backend or engine concerned, if one is.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, backend: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.backend = backend
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments are lost by the default reduction; errors cross process boundaries here.
+        return (_rebuild, (type(self), self.message, self.hint, self.backend))
+
+
+def _rebuild(cls: type[AccelrtError], message: str, hint: str | None, backend: str | None) -> AccelrtError:
+    return cls(message, hint=hint, backend=backend)
+
+
+class TargetError(AccelrtError):
+    """A target string that cannot be parsed, or names no known backend or engine."""
+
+
+class BackendUnavailable(TargetError):
+    """A backend or engine asked for by name that is not usable on this machine."""
+
+
+class RegistryError(AccelrtError):
+    """A plug-in that cannot be registered or loaded."""
+
+
+class OptionError(AccelrtError):
+    """An option that no chosen engine knows, or a value out of its range."""
+
+
+class SourceError(AccelrtError):
+    """A model that is not recognised, or cannot be turned into a graph."""
+
+
+class GraphError(SourceError):
+    """A graph that is not valid ONNX, or whose external data lies outside its folder."""
+
+
+class InputError(AccelrtError, ValueError):
+    """Inputs of ``predict`` that do not fit the signature."""
+
+
+class UnsupportedNodes(AccelrtError):
+    """``fallback="error"`` was asked for and some nodes would leave the requested engine."""
+
+
+class CompileError(AccelrtError):
+    """An engine could not compile a segment."""
+
+
+class IsolatedError(CompileError):
+    """A child process that crashed, hung, or passed its memory limit while it worked for an engine."""
+
+
+class ArtifactError(AccelrtError):
+    """An artifact that cannot be read, written or trusted."""
+
+
+class CorruptArtifact(ArtifactError):
+    """An artifact that is truncated, altered, malformed or hostile."""
+
+
+class ArtifactVersionError(ArtifactError):
+    """An artifact whose schema is newer than this accelrt understands."""
+
+
+class IncompatibleProgram(ArtifactError):
+    """A program compiled by another toolchain, or for another device, than the one at hand."""
+
+
+class DeviceError(AccelrtError):
+    """A device that cannot be had or has failed."""
+
+
+class CoresUnavailable(DeviceError):
+    """More devices or cores asked for than there are."""
+
+
+class OutOfDeviceMemory(DeviceError):
+    """A program that does not fit the memory of its device."""
+
+
+class DeviceLost(DeviceError):
+    """A device that went away while in use."""
+
+
+class ExecutionError(AccelrtError):
+    """A segment that failed on every engine that may run it."""
+
+
+class SessionClosed(AccelrtError):
+    """A session used after it was closed."""
