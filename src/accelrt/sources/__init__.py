@@ -1,0 +1,1 @@
+"""One module a framework: recognise a source, and turn it into a graph."""
