@@ -20,7 +20,8 @@ class Node:
     ``version`` is the opset version at which the operator took the form it has here (its *since version*), so two
     nodes of different opsets but equal version mean the same. ``inputs`` and ``outputs`` are value names, empty
     where an optional one is absent. ``captures`` are values of the enclosing graph that control-flow bodies read.
-    ``constants`` holds the value of each input that is a small constant.
+    ``constants`` holds the value of each input that is a small constant. ``proto`` is the NodeProto behind all this,
+    for `accelrt.graph.trial`; engines have no need of it.
     """
 
     name: str
@@ -36,6 +37,8 @@ class Node:
     constants: Mapping[int, Any] = field(default_factory=dict)
     bodies: tuple[tuple[Node, ...], ...] = ()
     captures: tuple[str, ...] = ()
+    capture_types: tuple[ValueType | None, ...] = ()
+    proto: Any = None
 
     @property
     def kind(self) -> str:

@@ -1,0 +1,180 @@
+"""Where onnxruntime has a kernel that must not be used: data that kernel definitions do not hold.
+
+How it was determined: every case of ONNX's backend suite (onnx 1.23.2) was run on onnxruntime 1.31.1's CPU kernels,
+with opset 28 lowered to 27 where no operator changed, and each failure was held against the operator's text in the
+ONNX specification. What is here either refuses a valid node (at session creation or at run) or gives an answer that
+the specification does not allow. Rounding within one or two units of a float16 is not a deviation, and where the
+specification agrees with onnxruntime the case is listed in ``tests/contract/onnx_suite_exceptions.py`` instead.
+
+`tests/unit/test_deviations.py` shows each deviation on the installed onnxruntime, so a release that mends one fails
+that test, and the suite itself is the test for deviations that a later release adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from accelrt.graph.node import Node
+from accelrt.graph.types import Dim, TensorType
+
+
+def deviation(node: Node) -> str | None:
+    """Return why onnxruntime's kernel must not be used for a node, None if nothing is known against it."""
+    for entry in _TABLE.get((node.op_type, node.domain), ()):
+        if entry.applies(node):
+            return entry.reason
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Deviation:
+    applies: Callable[[Node], bool]
+    reason: str
+
+
+def _present(names: tuple[str, ...], index: int) -> bool:
+    return index < len(names) and bool(names[index])
+
+
+def _shape(node: Node, index: int) -> tuple[Dim, ...] | None:
+    type_ = node.input_types[index] if index < len(node.input_types) else None
+    return type_.shape if isinstance(type_, TensorType) else None
+
+
+def _dim(node: Node, index: int, axis: int) -> int | None:
+    """Return one static size of an input, None where it is not known."""
+    shape = _shape(node, index)
+    if shape is None or not -len(shape) <= axis < len(shape):
+        return None
+    dim = shape[axis]
+    return dim if isinstance(dim, int) else None
+
+
+def _attention_window(node: Node) -> bool:
+    return "left_window_size" in node.attributes or "right_window_size" in node.attributes
+
+
+def _attention_scores(node: Node) -> bool:
+    masked = bool(node.attributes.get("is_causal", 0)) or node.input_dtype(3) == "bool"
+    return masked and _present(node.outputs, 3) and node.attributes.get("qk_matmul_output_mode", 0) == 2
+
+
+def _attention_short_mask(node: Node) -> bool:
+    if not _present(node.inputs, 3):
+        return False
+    rank = len(_shape(node, 1) or ())
+    mask, total = _dim(node, 3, -1), _dim(node, 1, {4: 2, 3: 1}.get(rank, rank))
+    if _present(node.inputs, 4):
+        past = _dim(node, 4, 2)
+        total = None if total is None or past is None else total + past
+    return mask is not None and total is not None and mask != total
+
+
+def _attention_bfloat16_mask(node: Node) -> bool:
+    return node.input_dtype(0) == "bfloat16" and _present(node.inputs, 3)
+
+
+def _conv_integer_channel_zero_points(node: Node) -> bool:
+    # A zero point of unknown shape is refused too: the kernel fails at run, where it is too late to choose another.
+    return _present(node.inputs, 3) and _shape(node, 3) not in {(), (1,)}
+
+
+def _float32(node: Node) -> bool:
+    return node.input_dtype(0) == "float32"
+
+
+def _seeded_training(node: Node) -> bool:
+    if "seed" not in node.attributes or not _present(node.inputs, 2):
+        return False
+    mode = node.constants.get(2)
+    return mode is None or bool(np.all(mode))
+
+
+def _batchwise(node: Node) -> bool:
+    return bool(node.attributes.get("layout", 0) == 1)
+
+
+def _unpool_output_shape(node: Node) -> bool:
+    return _present(node.inputs, 2)
+
+
+def _empty_bool(node: Node) -> bool:
+    return node.input_dtype(0) == "bool" and 0 in (_shape(node, 0) or ())
+
+
+def _needs_locale(node: Node) -> bool:
+    if node.attributes.get("case_change_action", "NONE") != "NONE":
+        return True
+    return not node.attributes.get("is_case_sensitive", 0) and bool(node.attributes.get("stopwords"))
+
+
+_RECURRENT = (
+    _Deviation(_batchwise, "onnxruntime 1.31 has no batch-first recurrent layers (layout=1)"),
+)
+_FOURIER = (
+    _Deviation(
+        _float32,
+        "onnxruntime 1.31 computes float32 Fourier transforms with an error that grows with the length to 3e-4 of "
+        "the largest value at 1,000 samples; in numpy it stays below 1e-7",
+    ),
+)
+
+_TABLE: dict[tuple[str, str], tuple[_Deviation, ...]] = {
+    ("Attention", ""): (
+        _Deviation(
+            _attention_window,
+            "onnxruntime 1.31 knows Attention up to version 24, without left_window_size and right_window_size",
+        ),
+        _Deviation(
+            _attention_scores,
+            "onnxruntime 1.31 writes the lowest float instead of -inf for masked scores into Attention's "
+            "qk_matmul_output",
+        ),
+        _Deviation(
+            _attention_short_mask,
+            "onnxruntime 1.31 refuses an attention mask that is shorter than the keys, which ONNX pads with -inf",
+        ),
+        _Deviation(
+            _attention_bfloat16_mask,
+            "onnxruntime 1.31 expands bfloat16 Attention with a mask into an ill-typed graph",
+        ),
+    ),
+    ("ConvInteger", ""): (
+        _Deviation(
+            _conv_integer_channel_zero_points,
+            "onnxruntime 1.31 takes one zero point for all weights of ConvInteger, not one a channel",
+        ),
+    ),
+    ("DFT", ""): _FOURIER,
+    ("STFT", ""): _FOURIER,
+    ("Dropout", ""): (
+        _Deviation(
+            _seeded_training,
+            "onnxruntime 1.31 draws Dropout's mask from a generator of its own, so the given seed would not "
+            "reproduce what ONNX's reference computes",
+        ),
+    ),
+    ("GRU", ""): _RECURRENT,
+    ("LSTM", ""): _RECURRENT,
+    ("RNN", ""): _RECURRENT,
+    ("MaxUnpool", ""): (
+        _Deviation(
+            _unpool_output_shape,
+            "onnxruntime 1.31 reads the indices of MaxUnpool as offsets into output_shape, not into the tensor that "
+            "was pooled",
+        ),
+    ),
+    ("ReduceMax", ""): (
+        _Deviation(_empty_bool, "onnxruntime 1.31 refuses ReduceMax over an empty set of booleans"),
+    ),
+    ("StringNormalizer", ""): (
+        _Deviation(
+            _needs_locale,
+            "onnxruntime 1.31 needs the C library's locale en_US.UTF-8 to change case, which need not be installed "
+            "where the program runs",
+        ),
+    ),
+}

@@ -1,0 +1,168 @@
+"""What onnxruntime's CPU provider supports, from its own lists of kernels and, where they cannot tell, by trial."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+
+from accelrt.backend import SUPPORTED, Verdict
+from accelrt.graph.node import Node
+from accelrt.graph.trial import lower_versions, single_node_model
+from accelrt.graph.types import OptionalType, SequenceType, TensorType, ValueType
+from accelrt_cpu.deviations import deviation
+
+_OPEN_ENDED = 2**31 - 1
+
+_NAMES = {
+    "float32": "float", "float64": "double", "float8_e4m3fn": "float8e4m3fn", "float8_e4m3fnuz": "float8e4m3fnuz",
+    "float8_e5m2": "float8e5m2", "float8_e5m2fnuz": "float8e5m2fnuz", "float8_e8m0fnu": "float8e8m0",
+    "float4_e2m1fn": "float4e2m1",
+}  # fmt: skip
+
+
+class Knowledge:
+    """The answers for one installed onnxruntime, remembered by signature of the node."""
+
+    def __init__(self, ort: Any) -> None:
+        self._ort = ort
+        state = ort.capi.onnxruntime_pybind11_state
+        self._kernels: dict[tuple[str, str], list[Any]] = defaultdict(list)
+        for kernel in state.get_all_opkernel_def():
+            if kernel.provider == "CPUExecutionProvider":
+                self._kernels[kernel.domain, kernel.op_name].append(kernel)
+        self._opsets: dict[str, int] = {}
+        for schema in state.get_all_operator_schema():
+            domain = "" if schema.domain == "ai.onnx" else schema.domain
+            self._opsets[domain] = max(self._opsets.get(domain, 0), schema.since_version)
+        self._ir_version = self._newest_ir_version()
+        self._verdicts: dict[tuple[object, ...], Verdict] = {}
+
+    def lower(self, proto: onnx.ModelProto) -> str | None:
+        """Stamp a model with versions that this onnxruntime knows; return the reason if that cannot be done."""
+        return lower_versions(proto, self._opsets, self._ir_version)
+
+    def verdict(self, node: Node) -> Verdict:
+        """Tell whether onnxruntime runs a node, and rightly."""
+        key = node.signature
+        if (known := self._verdicts.get(key)) is None:
+            reason = self._refusal(node)
+            known = self._verdicts[key] = SUPPORTED if reason is None else Verdict.refuse(reason)
+        return known
+
+    def _refusal(self, node: Node) -> str | None:
+        if node.domain in self._opsets and node.version > self._opsets[node.domain]:
+            return f"{node.kind} is newer than opset {self._opsets[node.domain]}, the newest that onnxruntime knows"
+        if (reason := deviation(node)) is not None:
+            return reason
+        if (reason := self._missing_kernel(node)) is not None:
+            return reason
+        for body in node.bodies:
+            for inner in body:
+                if not (verdict := self.verdict(inner)).supported:
+                    return f"its body holds {inner.name!r} ({inner.kind}): {verdict.reason}"
+        return self._trial(node)
+
+    def _missing_kernel(self, node: Node) -> str | None:
+        kernels = self._kernels.get((node.domain, node.op_type), [])
+        fitting = [kernel for kernel in kernels if _version_fits(kernel.version_range, node.version)]
+        if not fitting:
+            # An operator without a kernel may still be a function of operators that have one: the trial tells.
+            if _is_function(node):
+                return None
+            versions = ", ".join(f"{a}-{b if b != _OPEN_ENDED else ''}" for a, b in (k.version_range for k in kernels))
+            return f"no CPU kernel for {node.kind}" + (f"; kernels cover versions {versions}" if versions else "")
+        bound = _bound_types(node)
+        problems = [problem for kernel in fitting if (problem := _type_problem(kernel.type_constraints, bound))]
+        if len(problems) == len(fitting) and not _is_function(node):
+            return f"no CPU kernel for {node.kind} with {problems[0]}"
+        return None
+
+    def _trial(self, node: Node) -> str | None:
+        model = single_node_model(node)
+        if (problem := self.lower(model)) is not None:
+            return problem
+        try:
+            self._session(model)
+        except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen classes that share no base
+            return f"refused on trial: {_short(error)}"
+        return None
+
+    def _session(self, model: onnx.ModelProto) -> None:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self._ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def _newest_ir_version(self) -> int:
+        """Find the newest IR version by trying: onnxruntime does not tell."""
+        node = onnx.helper.make_node("Identity", ["x"], ["y"])
+        ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+        model = onnx.helper.make_model(onnx.helper.make_graph([node], "trial", ports[:1], ports[1:]))
+        del model.opset_import[:]
+        model.opset_import.add(domain="", version=13)
+        for version in range(onnx.IR_VERSION, 8, -1):
+            model.ir_version = version
+            try:
+                self._session(model)
+            except Exception:  # noqa: BLE001, S112 - an unknown version is what is being looked for
+                continue
+            return version
+        return 8
+
+
+def _version_fits(version_range: tuple[int, int], since: int) -> bool:
+    start, end = version_range
+    # An open end means "as of this version of the operator": a newer form needs a kernel of its own.
+    return since == start if end == _OPEN_ENDED else start <= since <= end
+
+
+def _is_function(node: Node) -> bool:
+    try:
+        schema = onnx.defs.get_schema(node.op_type, node.opset, node.domain)
+    except onnx.defs.SchemaError:
+        return False
+    return bool(schema.has_function or schema.has_context_dependent_function)
+
+
+def _bound_types(node: Node) -> dict[str, str]:
+    """Map an operator's type variables, and its parameters' names, to onnxruntime's names of the types they take."""
+    try:
+        schema = onnx.defs.get_schema(node.op_type, node.opset, node.domain)
+    except onnx.defs.SchemaError:
+        return {}
+    bound: dict[str, str] = {}
+    for parameters, types in ((schema.inputs, node.input_types), (schema.outputs, node.output_types)):
+        for index, type_ in enumerate(types):
+            if type_ is None or not parameters:
+                continue
+            parameter = parameters[min(index, len(parameters) - 1)]
+            name = _ort_name(type_)
+            bound[parameter.name] = name
+            bound.setdefault(parameter.type_str, name)
+    return bound
+
+
+def _type_problem(constraints: Mapping[str, list[str]], bound: Mapping[str, str]) -> str | None:
+    for variable, allowed in constraints.items():
+        if (type_ := bound.get(variable)) is not None and allowed and type_ not in allowed:
+            return f"{variable} = {type_}"
+    return None
+
+
+def _ort_name(type_: ValueType) -> str:
+    match type_:
+        case TensorType(dtype):
+            return f"tensor({_NAMES.get(dtype, dtype)})"
+        case SequenceType(element):
+            return f"seq({_ort_name(element)})"
+        case OptionalType(element):
+            return f"optional({_ort_name(element)})"
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,289 @@
+"""Turn any form of ONNX into a `Graph`: lazily, so that a model larger than memory's comfort is never held twice."""
+
+from __future__ import annotations
+
+import heapq
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx import inliner, numpy_helper
+
+from accelrt.errors import GraphError
+from accelrt.graph.model import Graph, captures_of
+from accelrt.graph.node import INLINE_BYTES
+from accelrt.graph.weights import stub
+
+
+def load_graph(source: Path | bytes | onnx.ModelProto | ir.Model) -> Graph:
+    """Load an ONNX model and bring it into the form that accelrt works on.
+
+    Local functions are inlined, constants become initialisers, initialisers leave the list of inputs, gradients become
+    ordinary operators, and nodes that nothing reads are dropped. Weights stay where they are until they are needed.
+
+    Args:
+        source: A path (external data is looked for beside it), serialised bytes, a ModelProto or an onnx-ir model.
+
+    Raises:
+        GraphError: Not ONNX, not a valid graph, or external data that is missing or outside the model's folder.
+    """
+    proto, weights = _split(_to_ir(source))
+    if proto.functions:
+        proto = inliner.inline_local_functions(proto)
+    if any(node.op_type == "Gradient" for node in proto.graph.node):
+        from accelrt.graph.gradient import lower_gradients  # of use to a handful of models
+
+        proto = lower_gradients(proto)
+    weights.update(_lift_constants(proto.graph))
+    _free_initializer_outputs(proto.graph, weights)
+    _drop_initializer_inputs(proto.graph)
+    _sort(proto.graph)
+    _drop_unused(proto.graph)
+    kept = {tensor.name for tensor in proto.graph.initializer}
+    return Graph(proto, {name: tensor for name, tensor in weights.items() if name in kept})
+
+
+def _to_ir(source: Path | bytes | onnx.ModelProto | ir.Model) -> ir.Model:
+    if isinstance(source, ir.Model):
+        return source.clone()
+    try:
+        if isinstance(source, Path):
+            # A model is found through a symlink where hubs keep them; its data lies beside what the link names.
+            return ir.load(source)
+        proto = onnx.ModelProto.FromString(source) if isinstance(source, bytes) else source
+        if not proto.HasField("graph"):
+            raise GraphError("The model holds no graph.", hint="Is this really a serialised ONNX ModelProto?")
+        return ir.from_proto(proto)
+    except (DecodeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise GraphError(
+            f"{_describe(source)} is not an ONNX model that can be read: {_first_line(error)}",
+            hint="Check that the file is complete; `onnx.checker.check_model` names the fault.",
+        ) from error
+    except OSError as error:
+        raise GraphError(f"{_describe(source)} cannot be opened: {error}") from error
+
+
+def _describe(source: object) -> str:
+    return str(source) if isinstance(source, Path) else f"The given {type(source).__name__}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _split(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """Part structure from weights: a small ModelProto with stubs, and the tensors that they stand for."""
+    weights: dict[str, Any] = {}
+    for graph in model.graphs():
+        for name, value in list(graph.initializers.items()):
+            tensor = value.const_value
+            if tensor is None:
+                raise GraphError(f"Initialiser {name!r} has no data.")
+            external = isinstance(tensor, ir.ExternalTensor)
+            if external and not tensor.base_dir:
+                raise GraphError(
+                    f"Initialiser {name!r} keeps its data in the file {str(tensor.location)!r}, "
+                    "but the model was not given as a path, so there is no folder to find it in.",
+                    hint="Pass the path of the model.",
+                )
+            if external:
+                _check_extent(tensor)
+            if graph is model.graph and tensor.nbytes > INLINE_BYTES and tensor.dtype != ir.DataType.STRING:
+                weights[name] = tensor
+                value.const_value = _placeholder(name, tensor)
+            elif external:
+                # Inside bodies, and for small tensors, the data joins the structure.
+                value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
+    try:
+        return ir.to_proto(model), weights
+    except (ValueError, TypeError, AttributeError) as error:
+        raise GraphError(f"The model cannot be written as ONNX: {_first_line(error)}") from error
+
+
+def _placeholder(name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.ExternalTensor("weights.bin", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+
+
+def _check_extent(tensor: ir.ExternalTensor) -> None:
+    """Refuse external data that is outside the folder, missing, or shorter than the tensor, before anything reads it."""
+    path, folder = Path(tensor.path), Path(tensor.base_dir)
+    try:
+        size = path.stat().st_size
+        inside = path.resolve().is_relative_to(folder.resolve()) and ".." not in Path(tensor.location).parts
+    except (OSError, ValueError) as error:
+        raise GraphError(f"The external data of initialiser {tensor.name!r} cannot be opened: {error}") from error
+    if not inside:
+        raise GraphError(
+            f"Initialiser {tensor.name!r} names external data at {str(tensor.location)!r}, outside the model's folder.",
+            hint="External data must be a file inside the folder of the model.",
+        )
+    offset, length = tensor.offset or 0, tensor.length if tensor.length is not None else tensor.nbytes
+    if offset < 0 or length < tensor.nbytes or offset + tensor.nbytes > size or not path.is_file():
+        raise GraphError(
+            f"Initialiser {tensor.name!r} needs {tensor.nbytes} bytes at offset {offset} of {path.name!r}, "
+            f"which has {size} bytes and declares {length}.",
+            hint="The external data file is truncated or belongs to another model.",
+        )
+
+
+def _lift_constants(graph: onnx.GraphProto) -> dict[str, Any]:
+    """Turn Constant nodes of the main graph into initialisers, so that constants travel with whoever reads them."""
+    weights: dict[str, Any] = {}
+    outputs = {value.name for value in graph.output}
+    kept: list[onnx.NodeProto] = []
+    for node in graph.node:
+        tensor = _constant(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
+        if tensor is None or node.output[0] in outputs:
+            kept.append(node)
+            continue
+        tensor.name = node.output[0]
+        held = ir.from_proto(tensor)
+        if held.nbytes > INLINE_BYTES and tensor.data_type != onnx.TensorProto.STRING:
+            weights[tensor.name] = held
+            tensor = stub(tensor.name, held)
+        graph.initializer.append(tensor)
+    if len(kept) != len(graph.node):
+        _replace_nodes(graph, kept)
+    return weights
+
+
+def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """Return the value of a Constant node as a tensor; None for sparse ones, which stay nodes."""
+    if len(node.attribute) != 1:
+        return None
+    attribute = node.attribute[0]
+
+    match attribute.name:
+        case "value":
+            proto = onnx.TensorProto()
+            proto.CopyFrom(attribute.t)
+            return proto
+        case "value_int":
+            return numpy_helper.from_array(np.array(attribute.i, np.int64))
+        case "value_ints":
+            return numpy_helper.from_array(np.array(attribute.ints, np.int64))
+        case "value_float":
+            return numpy_helper.from_array(np.array(attribute.f, np.float32))
+        case "value_floats":
+            return numpy_helper.from_array(np.array(attribute.floats, np.float32))
+        case "value_string":
+            return onnx.helper.make_tensor("", onnx.TensorProto.STRING, [], [attribute.s])
+        case "value_strings":
+            strings = list(attribute.strings)
+            return onnx.helper.make_tensor("", onnx.TensorProto.STRING, [len(strings)], strings)
+    return None
+
+
+def _free_initializer_outputs(graph: onnx.GraphProto, weights: dict[str, Any]) -> None:
+    """Give each graph output that is an initialiser a node to come from, so that every output is computed."""
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    for output in graph.output:
+        if (tensor := initializers.get(output.name)) is None:
+            continue
+        inner = f"{output.name}__value"
+        for node in graph.node:
+            _rename_reads(node, output.name, inner)
+        tensor.name = inner
+        if output.name in weights:
+            weights[inner] = weights.pop(output.name)
+        graph.node.append(onnx.helper.make_node("Identity", [inner], [output.name], name=f"{output.name}__copy"))
+
+
+def _rename_reads(node: onnx.NodeProto, old: str, new: str) -> None:
+    for index, name in enumerate(node.input):
+        if name == old:
+            node.input[index] = new
+    for attribute in node.attribute:
+        for body in (attribute.g, *attribute.graphs):
+            for inner in body.node:
+                _rename_reads(inner, old, new)
+            for output in body.output:
+                if output.name == old:
+                    output.name = new
+
+
+def _drop_initializer_inputs(graph: onnx.GraphProto) -> None:
+    """An initialiser that is also an input (all were, before IR version 4) is a default that nobody overrides here."""
+    initializers = {tensor.name for tensor in graph.initializer}
+    kept = [value for value in graph.input if value.name not in initializers]
+    if len(kept) != len(graph.input):
+        kept = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
+        del graph.input[:]
+        graph.input.extend(kept)
+
+
+def _replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    return [name for name in node.input if name] + list(captures_of(node))
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Check single assignment and that every value has a source; order nodes by dependency, stably.
+
+    Raises:
+        GraphError: A value is produced twice, comes from nowhere, or depends on itself.
+    """
+    known = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    known |= {tensor.values.name for tensor in graph.sparse_initializer}
+    producer: dict[str, int] = {}
+    for index, node in enumerate(graph.node):
+        for name in node.output:
+            if name and (name in producer or name in known):
+                raise GraphError(f"The value {name!r} is produced more than once.")
+            if name:
+                producer[name] = index
+    for output in graph.output:
+        if output.name not in producer and output.name not in known:
+            raise GraphError(f"The graph output {output.name!r} is produced by no node.")
+
+    consumers: dict[int, list[int]] = {}
+    waiting: list[int] = []
+    for index, node in enumerate(graph.node):
+        needs = set()
+        for name in _reads(node):
+            if name in producer:
+                needs.add(producer[name])
+            elif name not in known:
+                raise GraphError(f"Node {node.name!r} ({node.op_type}) reads {name!r}, which nothing produces.")
+        waiting.append(len(needs))
+        for need in needs:
+            consumers.setdefault(need, []).append(index)
+
+    ready = [index for index, count in enumerate(waiting) if count == 0]
+    order: list[int] = []
+    while ready:
+        index = heapq.heappop(ready)
+        order.append(index)
+        for consumer in consumers.get(index, ()):
+            waiting[consumer] -= 1
+            if waiting[consumer] == 0:
+                heapq.heappush(ready, consumer)
+    if len(order) != len(graph.node):
+        stuck = next(node for index, node in enumerate(graph.node) if waiting[index])
+        raise GraphError(f"The graph has a cycle through node {stuck.name!r} ({stuck.op_type}).")
+    if order != sorted(order):
+        _replace_nodes(graph, [graph.node[index] for index in order])
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Drop nodes and initialisers that no output depends on."""
+    needed = {value.name for value in graph.output}
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(_reads(node))
+            kept.append(node)
+    if len(kept) != len(graph.node):
+        _replace_nodes(graph, kept[::-1])
+    unused = [tensor for tensor in graph.initializer if tensor.name not in needed]
+    for tensor in unused:
+        graph.initializer.remove(tensor)

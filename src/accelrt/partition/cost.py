@@ -1,0 +1,71 @@
+"""Merge islands that lose: a few nodes on an accelerator are rarely worth two transfers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from accelrt.backend import Precision, Verdict
+from accelrt.graph.node import Node
+from accelrt.partition.assign import Assignment
+from accelrt.partition.cut import Piece, cut
+from accelrt.registry import Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """A finished cut: pieces in the order in which they run, and the verdicts behind them."""
+
+    pieces: tuple[Piece, ...]
+    verdicts: tuple[tuple[Verdict | None, ...], ...]
+
+
+def partition(
+    nodes: Sequence[Node],
+    assignment: Assignment,
+    candidates: Sequence[Candidate],
+    precisions: Sequence[Precision],
+    min_segment_nodes: int = 1,
+) -> Partition:
+    """Cut, then return islands of fewer than ``min_segment_nodes`` nodes to a later candidate, until none is left.
+
+    An island moves as a whole, to the first later candidate that supports all of it and is no last resort; if
+    there is none it stays. Each move raises a node's candidate number, so this ends.
+    """
+    owners = list(assignment.owners)
+    verdicts = [list(row) for row in assignment.verdicts]
+    settled: set[tuple[int, ...]] = set()
+    while True:
+        pieces = cut(nodes, owners)
+        island = next((p for p in pieces if len(p.nodes) < min_segment_nodes and p.nodes not in settled), None)
+        if island is None or len(pieces) == 1:
+            return Partition(tuple(pieces), tuple(map(tuple, verdicts)))
+        heir = _heir(nodes, island, candidates, precisions, verdicts)
+        if heir is None:
+            settled.add(island.nodes)
+            continue
+        for index in island.nodes:
+            owners[index] = heir
+            verdicts[island.owner][index] = Verdict.refuse(
+                f"supported, but in an island of {len(island.nodes)} nodes where {min_segment_nodes} are wanted"
+            )
+
+
+def _heir(
+    nodes: Sequence[Node],
+    island: Piece,
+    candidates: Sequence[Candidate],
+    precisions: Sequence[Precision],
+    verdicts: list[list[Verdict | None]],
+) -> int | None:
+    for number in range(island.owner + 1, len(candidates)):
+        engine = candidates[number].engine
+        if engine.caps.last_resort:
+            continue
+        answers = engine.supports_all([nodes[index] for index in island.nodes], precisions[number])
+        for index, verdict in zip(island.nodes, answers, strict=True):
+            verdicts[number][index] = verdict
+        if all(verdict.supported for verdict in answers):
+            return number
+    return None
+
