@@ -1,13 +1,14 @@
 """Where onnxruntime has a kernel that must not be used: data that kernel definitions do not hold.
 
-How it was determined: every case of ONNX's backend suite (onnx 1.23.2) was run on onnxruntime 1.31.1's CPU kernels,
-with opset 28 lowered to 27 where no operator changed, and each failure was held against the operator's text in the
-ONNX specification. What is here either refuses a valid node (at session creation or at run) or gives an answer that
-the specification does not allow. Rounding within one or two units of a float16 is not a deviation, and where the
-specification agrees with onnxruntime the case is listed in ``tests/contract/onnx_suite_exceptions.py`` instead.
+How it was determined: every case of ONNX's backend suite (onnx 1.23.2) was run on onnxruntime 1.31.1's
+CPU kernels, with opset 28 lowered to 27 where no operator changed, and each failure was held against the
+operator's text in the ONNX specification. What is here either refuses a valid node, at session creation
+or at run, or gives an answer that the specification does not allow or that is far less exact than
+numpy's. Where onnxruntime is right and the case is not, the case is listed in
+``tests/contract/onnx_suite_exceptions.py`` instead.
 
-`tests/unit/test_deviations.py` shows each deviation on the installed onnxruntime, so a release that mends one fails
-that test, and the suite itself is the test for deviations that a later release adds.
+`tests/unit/test_deviations.py` shows each deviation on the installed onnxruntime, so a release that mends
+one fails that test; deviations that a later release adds are found by running the suite again.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _attention_bfloat16_mask(node: Node) -> bool:
 
 
 def _conv_integer_channel_zero_points(node: Node) -> bool:
-    # A zero point of unknown shape is refused too: the kernel fails at run, where it is too late to choose another.
+    # A zero point of unknown shape is refused too: the kernel fails at run, too late to choose another.
     return _present(node.inputs, 3) and _shape(node, 3) not in {(), (1,)}
 
 
@@ -111,14 +112,12 @@ def _needs_locale(node: Node) -> bool:
     return not node.attributes.get("is_case_sensitive", 0) and bool(node.attributes.get("stopwords"))
 
 
-_RECURRENT = (
-    _Deviation(_batchwise, "onnxruntime 1.31 has no batch-first recurrent layers (layout=1)"),
-)
+_RECURRENT = (_Deviation(_batchwise, "onnxruntime 1.31 has no batch-first recurrent layers (layout=1)"),)
 _FOURIER = (
     _Deviation(
         _float32,
-        "onnxruntime 1.31 computes float32 Fourier transforms with an error that grows with the length to 3e-4 of "
-        "the largest value at 1,000 samples; in numpy it stays below 1e-7",
+        "onnxruntime 1.31 computes float32 Fourier transforms with an error that grows with the length, to "
+        "3e-4 of the largest value at 1,000 samples; in numpy it stays below 1e-7",
     ),
 )
 
@@ -126,7 +125,7 @@ _TABLE: dict[tuple[str, str], tuple[_Deviation, ...]] = {
     ("Attention", ""): (
         _Deviation(
             _attention_window,
-            "onnxruntime 1.31 knows Attention up to version 24, without left_window_size and right_window_size",
+            "onnxruntime 1.31 knows Attention without left_window_size and right_window_size",
         ),
         _Deviation(
             _attention_scores,
@@ -135,7 +134,7 @@ _TABLE: dict[tuple[str, str], tuple[_Deviation, ...]] = {
         ),
         _Deviation(
             _attention_short_mask,
-            "onnxruntime 1.31 refuses an attention mask that is shorter than the keys, which ONNX pads with -inf",
+            "onnxruntime 1.31 refuses an attention mask shorter than the keys, which ONNX pads with -inf",
         ),
         _Deviation(
             _attention_bfloat16_mask,
@@ -163,8 +162,8 @@ _TABLE: dict[tuple[str, str], tuple[_Deviation, ...]] = {
     ("MaxUnpool", ""): (
         _Deviation(
             _unpool_output_shape,
-            "onnxruntime 1.31 reads the indices of MaxUnpool as offsets into output_shape, not into the tensor that "
-            "was pooled",
+            "onnxruntime 1.31 reads the indices of MaxUnpool as offsets into output_shape, not into the "
+            "tensor that was pooled",
         ),
     ),
     ("ReduceMax", ""): (
@@ -173,8 +172,8 @@ _TABLE: dict[tuple[str, str], tuple[_Deviation, ...]] = {
     ("StringNormalizer", ""): (
         _Deviation(
             _needs_locale,
-            "onnxruntime 1.31 needs the C library's locale en_US.UTF-8 to change case, which need not be installed "
-            "where the program runs",
+            "onnxruntime 1.31 needs the C library's locale en_US.UTF-8 to change case, which need not be "
+            "installed where the program runs",
         ),
     ),
 }

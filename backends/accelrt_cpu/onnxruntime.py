@@ -24,12 +24,12 @@ from accelrt.backend import (
     Verdict,
 )
 from accelrt.errors import CompileError, IncompatibleProgram, OptionError, OutOfDeviceMemory
-from accelrt.graph.node import INLINE_BYTES, Node
+from accelrt.graph.node import INLINE_BYTES, WEIGHTS_FILE, Node
 from accelrt.graph.types import OptionalType, SequenceType, Signature, TensorType, Value, ValueType, numpy_dtype
 from accelrt_cpu.isa import instruction_set
 
 _PROVIDERS = ["CPUExecutionProvider"]
-_MODEL, _WEIGHTS = "model.onnx", "weights.bin"
+_MODEL = "model.onnx"
 _ERRORS_ONLY = 3
 
 
@@ -85,7 +85,7 @@ class OnnxRuntimeEngine(Engine):
         _widen_borders(proto, job.signature)
         options = self._session_options(job.options)
         options.optimized_model_filepath = str(out / _MODEL)
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _WEIGHTS)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS_FILE)
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_min_size_in_bytes", str(INLINE_BYTES)
         )
@@ -96,15 +96,14 @@ class OnnxRuntimeEngine(Engine):
             self._ort.InferenceSession(proto.SerializeToString(), options, providers=_PROVIDERS)
         except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen classes that share no base
             raise CompileError(f"onnxruntime: {_first_line(error)}", backend=self.name) from error
-        files = tuple(name for name in (_MODEL, _WEIGHTS) if (out / name).exists())
-        return Program(out, files, self.fingerprint(), job.signature, job.options)
+        return Program({_MODEL: out / _MODEL}, self.fingerprint(), job.signature, job.options)
 
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
         options = self._session_options(program.options)
         # The program holds the optimised graph; optimising again would cost ten times the load.
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            session = self._ort.InferenceSession(str(program.path / program.files[0]), options, providers=_PROVIDERS)
+            session = self._ort.InferenceSession(str(program.files[_MODEL]), options, providers=_PROVIDERS)
         except MemoryError as error:
             raise OutOfDeviceMemory(f"onnxruntime: {error}", backend=self.name) from error
         except Exception as error:  # noqa: BLE001

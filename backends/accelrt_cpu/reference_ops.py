@@ -1,9 +1,10 @@
 """Operators that ONNX's reference evaluator lacks or gets wrong, written from the specification.
 
-Found with onnx 1.23.2: `If` and `Optional` cannot carry an empty optional, `Loop` joins scan outputs along their
-first axis instead of stacking them and never starts without a condition, `Scan` knows neither its first version nor
-directions, axes and empty inputs, `Scatter` is missing, the softmax family forgets that it flattened its input before
-opset 13, and `STFT` loops in Python where numpy can transform all frames at once.
+Found with onnx 1.23.2: `If` and `Optional` cannot carry an empty optional; `Loop` joins scan outputs
+along their first axis instead of stacking them, and never starts without a condition; `Scan` knows
+neither its first version nor directions, axes and empty inputs; `Scatter` is missing; the softmax family
+does not know that its default axis was another, and meant more, before opset 13; `STFT` loops in Python
+where numpy can transform all frames at once.
 
 A class is found by its name whatever the opset, so each serves every version of its operator.
 """
@@ -66,7 +67,10 @@ class Loop(_ControlFlow):
         state: list[Any] = list(initial) + [None] * (carried - len(initial))
         scans: list[list[Array]] = [[] for _ in body.output_names[1 + carried :]]
         scope: dict[str, Any] = dict(context or {})
-        going, limit = condition is None or bool(condition.item()), None if count is None else int(count.item())
+        going, limit = (
+            condition is None or bool(condition.item()),
+            None if count is None else int(count.item()),
+        )
         iteration = 0
         while going and (limit is None or iteration < limit):
             values = [np.array(iteration, np.int64), np.array(going), *state]
@@ -107,7 +111,10 @@ class Scan(_ControlFlow):
         moved = [np.moveaxis(value, axis, 0) for value, axis in zip(inputs, in_axes, strict=True)]
         reverse = self._per("scan_input_directions", len(inputs))
         state, scans = _iterate(body, state, moved, reverse, outputs, len(moved[0]))
-        out_axes, backward = self._per("scan_output_axes", outputs), self._per("scan_output_directions", outputs)
+        out_axes, backward = (
+            self._per("scan_output_axes", outputs),
+            self._per("scan_output_directions", outputs),
+        )
         types = self.body.output_types[carried:]
         stacked = (
             _stack(scan[::-1] if back else scan, type_, axis)
@@ -132,7 +139,9 @@ class Scan(_ControlFlow):
             )
             stacked = [_stack(scan, type_, 0) for scan, type_ in zip(scans, types, strict=True)]
             # What lies beyond a sequence's length is undefined; zeros are as good as anything.
-            padded = [np.concatenate([s, np.zeros((longest - length, *s.shape[1:]), s.dtype)]) for s in stacked]
+            padded = [
+                np.concatenate([s, np.zeros((longest - length, *s.shape[1:]), s.dtype)]) for s in stacked
+            ]
             rows.append([*state, *padded])
         return tuple(np.stack(column) for column in zip(*rows, strict=True))
 
@@ -152,7 +161,8 @@ def _iterate(
     scans: list[list[Array]] = [[] for _ in range(outputs)]
     for step in range(length):
         slices = (
-            np.asarray(v[length - 1 - step if back else step]) for v, back in zip(inputs, reverse, strict=True)
+            np.asarray(v[length - 1 - step if back else step])
+            for v, back in zip(inputs, reverse, strict=True)
         )
         results = body([*state, *slices])
         state = results[:carried]
@@ -190,10 +200,12 @@ class Identity(_Operator):
 class Scatter(_Operator):
     """Writes updates at indices along one axis: `ScatterElements` before it had that name."""
 
-    def _run(self, data: Array, indices: Array, updates: Array, axis: int | None = None, **_: Any) -> tuple[Array]:
+    def _run(
+        self, data: Array, indices: Array, updates: Array, axis: int | None = None, **_: Any
+    ) -> tuple[Array]:
         axis = axis or 0
         result = data.copy()
-        target = list(np.indices(indices.shape))
+        target: list[Array] = list(np.indices(indices.shape))
         target[axis] = np.where(indices < 0, indices + data.shape[axis], indices)
         result[tuple(target)] = updates
         return (result,)
@@ -210,7 +222,7 @@ class _Normalised(_Operator):
             return (x.copy(),)
         if not flat:
             return (self._apply(x, axis),)
-        lead = int(np.prod(x.shape[: axis % (x.ndim + 1)], dtype=np.int64))
+        lead = int(np.prod(x.shape[: axis if axis >= 0 else axis + x.ndim], dtype=np.int64))
         return (self._apply(x.reshape(lead, -1), 1).reshape(x.shape),)
 
     def _apply(self, x: Array, axis: int) -> Array:
@@ -259,13 +271,17 @@ class STFT(_Operator):
         else:
             size = signal.shape[1] if window is None else len(window)
         # numpy transforms float32 in float32 and has nothing narrower.
-        wide = signal.astype(np.float64 if signal.dtype == np.float64 else np.float32)
-        values = wide[..., 0] + 1j * wide[..., 1] if wide.shape[-1] == 2 else wide[..., 0]
+        wide = signal.astype(np.float64 if signal.dtype == np.float64 else np.float32, order="C")
+        values: Array = wide[..., 0]
+        if wide.shape[-1] == 2:
+            values = wide.view(np.result_type(wide.dtype, np.complex64))[..., 0]
         frames = np.lib.stride_tricks.sliding_window_view(values, size, axis=1)[:, :: int(step.item())]
         if window is not None:
             frames = frames * window.astype(wide.dtype)
         if onesided is None or onesided:
-            spectrum = np.fft.fft(frames)[..., : size // 2 + 1] if np.iscomplexobj(frames) else np.fft.rfft(frames)
+            spectrum = (
+                np.fft.fft(frames)[..., : size // 2 + 1] if np.iscomplexobj(frames) else np.fft.rfft(frames)
+            )
         else:
             spectrum = np.fft.fft(frames)
         return (np.stack([spectrum.real, spectrum.imag], -1).astype(signal.dtype),)

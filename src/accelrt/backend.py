@@ -103,13 +103,14 @@ class CompileJob:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A compiled segment: the files an engine wrote under ``path``, and the toolchain they depend on.
+    """A compiled segment: the files an engine wrote, and the toolchain they depend on.
 
+    ``files`` maps the names the engine gave to where the files are now: an artifact keeps them under names of its own,
+    all in one folder, with the weights of every ONNX file among them in a shared ``weights.bin`` beside it.
     ``fingerprint`` is compared with `Engine.fingerprint` before a program is loaded.
     """
 
-    path: Path
-    files: tuple[str, ...]
+    files: Mapping[str, Path]
     fingerprint: Mapping[str, str]
     signature: Signature
     options: Any
@@ -172,7 +173,8 @@ class Engine(ABC):
     def compile(self, job: CompileJob, out: Path) -> Program:
         """Write a program into the empty folder ``out``.
 
-        Weights written as ONNX external data into one file beside the model are stored once with all others.
+        ONNX files among a program's may keep weights as external data in ``weights.bin`` beside them, which is
+        not listed among the files: it is merged with all other weights, so that equal ones are stored once.
 
         Raises:
             CompileError: The segment cannot be compiled; it goes to the next engine.

@@ -234,6 +234,10 @@ def test_examples_come_in_many_forms(cnn: Any, image: Any, give: Any) -> None:
     same(run(model, image)["output"], cnn(image))
 
 
+def test_a_module_wrapped_by_torch_compile_is_exported(cnn: Any, image: Any) -> None:
+    same(run(to_onnx(torch.compile(cnn), request((image,))), image)["output"], cnn(image))
+
+
 def test_weights_are_shared_with_the_module_not_copied(cnn: Any, image: Any) -> None:
     weight = to_onnx(cnn, request((image,))).graph.initializers["head.weight"].const_value
     assert weight.numpy().ctypes.data == cnn.head.weight.data_ptr()
@@ -293,6 +297,7 @@ class Pair(NamedTuple):
         (lambda self, x, y, flag: {"a": [x + 1, x + 2], "b": {"c": x}}, ["a_0", "a_1", "b_c"]),
         (lambda self, x, y, flag: {"x": x * 2, "z": x}, ["x_output", "z"]),
         (lambda self, x, y, flag: (x * 2, None), ["output"]),
+        (lambda self, x, y, flag: {"a": x * 2, "b": None, "c": x}, ["a", "c"]),
         (lambda self, x, y, flag: [x * 2], ["output"]),
         (lambda self, x, y, flag: (x, x + 1, x), ["output_0", "output_1", "output_2"]),
         (lambda self, x, y, flag: (lambda z: (z, z))(x + 1), ["output_0", "output_1"]),
@@ -441,7 +446,7 @@ def test_an_aotinductor_package_is_refused(tmp_path: Path) -> None:
 
 
 def _alter(path: Path, member: str, change: Any) -> None:
-    """Rewrite one member of a ``.pt2`` file with torch's own writer, which aligns records as its reader wants."""
+    """Rewrite one member of a ``.pt2`` file with torch's own writer, as its reader wants records aligned."""
     with zipfile.ZipFile(path) as archive:
         members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
     writer = torch._C.PyTorchFileWriter(str(path))

@@ -1,13 +1,15 @@
 """Lowers ``ai.onnx.preview.training.Gradient`` to ordinary operators, so that any engine can run it.
 
-Reverse-mode differentiation of the part of the graph that leads from ``xs`` to ``y``. Where ``y`` is no scalar, the
-result is the gradient of the sum of its elements. A `Gradient` whose path meets an operator without a rule, or a type
-that shape inference cannot tell, stays as it is; engines then refuse it with their reason.
+Reverse-mode differentiation of the part of the graph that leads from ``xs`` to ``y``. Where ``y`` is no
+scalar, the result is the gradient of the sum of its elements. A `Gradient` whose path meets an operator
+without a rule, or a type that shape inference cannot tell, stays as it is; engines then refuse it with
+their reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,7 +30,7 @@ def lower_gradients(model: onnx.ModelProto) -> onnx.ModelProto:
     result.CopyFrom(model)
     kept: set[int] = set()
     while True:
-        # In order, so that the gradient of a gradient meets nodes that have rules; types are inferred anew each time.
+        # In order, so that the gradient of a gradient meets nodes that have rules.
         index = next((i for i, n in enumerate(result.graph.node) if _is_gradient(n) and i not in kept), None)
         if index is None:
             break
@@ -78,7 +80,7 @@ def _lower(model: onnx.ModelProto, index: int) -> list[onnx.NodeProto]:
 def _path(
     graph: onnx.GraphProto, index: int, independent: set[str], y: str
 ) -> tuple[bool, list[onnx.NodeProto]]:
-    """Return the nodes that lead to y from independent values, in order, and whether all stand before a node."""
+    """Return the nodes that lead from independent values to y, and whether all stand before a node."""
     needed, picked = {y} - independent, []
     for position in reversed(range(len(graph.node))):
         node = graph.node[position]
@@ -111,7 +113,9 @@ class _Tape:
                 self._types[value.name] = value.type.tensor_type
         self.constants: dict[str, onnx.TensorProto] = {}
         for tensor in inferred.initializer:
-            self._types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
+            self._types[tensor.name] = helper.make_tensor_type_proto(
+                tensor.data_type, tensor.dims
+            ).tensor_type
             self.constants[tensor.name] = tensor
         for node in inferred.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -141,15 +145,15 @@ class _Tape:
         return int(self._types[name].elem_type)
 
     def is_real(self, name: str) -> bool:
-        return np.issubdtype(helper.tensor_dtype_to_np_dtype(self.dtype(name)), np.floating) or self.dtype(name) == (
-            onnx.TensorProto.BFLOAT16
-        )
+        return np.issubdtype(helper.tensor_dtype_to_np_dtype(self.dtype(name)), np.floating) or self.dtype(
+            name
+        ) == (onnx.TensorProto.BFLOAT16)
 
-    def shape(self, name: str) -> list[int | None] | None:
+    def shape(self, name: str) -> list[int | str | None] | None:
         type_ = self._types.get(name)
         if type_ is None or not type_.HasField("shape"):
             return None
-        return [d.dim_value if d.HasField("dim_value") else None for d in type_.shape.dim]
+        return [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in type_.shape.dim]
 
     def rank(self, name: str) -> int:
         shape = self.shape(name)
@@ -187,10 +191,14 @@ class _Tape:
         if small is not None and small == large and None not in small:
             return gradient
         shape = self.emit("Shape", x)
-        if small is not None and large is not None and None not in small and None not in large:
+        if small is not None and large is not None:
             lead = len(large) - len(small)
-            axes = [i for i, n in enumerate(large) if i < lead or (small[i - lead] == 1 and n != 1)]
-            return self.emit("Reshape", self.reduce("ReduceSum", gradient, axes) if axes else gradient, shape)
+            pairs = list(zip(small, large[lead:], strict=True))
+            if all(n == 1 or (n == m and n is not None) for n, m in pairs):
+                axes = [*range(lead), *(lead + i for i, (n, m) in enumerate(pairs) if n == 1 != m)]
+                return self.emit(
+                    "Reshape", self.reduce("ReduceSum", gradient, axes) if axes else gradient, shape
+                )
         if self.opset < 13:
             raise _NoRule  # axes were attributes: they cannot be computed while the model runs
         whole = self.emit("Shape", y)
@@ -208,7 +216,9 @@ class _Tape:
         return self.emit(op_type, x, axes=list(axes), keepdims=1)
 
 
-def _differentiate(tape: _Tape, path: Sequence[onnx.NodeProto], xs: Sequence[str], y: str) -> list[str | None]:
+def _differentiate(
+    tape: _Tape, path: Sequence[onnx.NodeProto], xs: Sequence[str], y: str
+) -> list[str | None]:
     active = set(xs)
     for node in path:
         if node.op_type not in _CONSTANT and active.intersection((*node.input, *_captures(node))):
@@ -226,9 +236,9 @@ def _differentiate(tape: _Tape, path: Sequence[onnx.NodeProto], xs: Sequence[str
             raise _NoRule
         partials = rule(tape, node, gradients[node.output[0]])
         for i in wanted:
-            name, partial = node.input[i], partials[i] if i < len(partials) else None
-            if partial is not None:
-                term = partial()
+            name, write = node.input[i], partials[i] if i < len(partials) else None
+            if write is not None:
+                term = write()
                 gradients[name] = tape.emit("Add", gradients[name], term) if name in gradients else term
     return [gradients.get(x) for x in xs]
 
@@ -248,16 +258,17 @@ def _broadcasts(partials: Callable[[_Tape, str, str, str, str], Iterable[Callabl
             raise _NoRule  # opset 6 and before aligned axes as told
         a, b = n.input
         made = partials(t, a, b, n.output[0], g)
-        return [
-            lambda x=x, partial=partial: t.sum_to(partial(), x, n.output[0])
-            for x, partial in zip((a, b), made, strict=True)
-        ]
+
+        def fit(x: str, write: Callable[[], str]) -> _Partial:
+            return lambda: t.sum_to(write(), x, n.output[0])
+
+        return [fit(x, write) for x, write in zip((a, b), made, strict=True)]
 
     return rule
 
 
-def _unary(partial: Callable[[_Tape, str, str, str], str]) -> _Rule:
-    return lambda t, n, g: [lambda: partial(t, n.input[0], n.output[0], g)]
+def _unary(write: Callable[[_Tape, str, str, str], str]) -> _Rule:
+    return lambda t, n, g: [lambda: write(t, n.input[0], n.output[0], g)]
 
 
 def _reshaped(t: _Tape, n: onnx.NodeProto, g: str) -> Sequence[_Partial]:
@@ -265,7 +276,7 @@ def _reshaped(t: _Tape, n: onnx.NodeProto, g: str) -> Sequence[_Partial]:
 
 
 def _sum(t: _Tape, n: onnx.NodeProto, g: str) -> Sequence[_Partial]:
-    return [lambda x=x: t.sum_to(g, x, n.output[0]) for x in n.input]
+    return [partial(t.sum_to, g, x, n.output[0]) for x in n.input]
 
 
 def _expand(t: _Tape, n: onnx.NodeProto, g: str) -> Sequence[_Partial]:
@@ -376,7 +387,7 @@ def _gemm(t: _Tape, n: onnx.NodeProto, g: str) -> Sequence[_Partial]:
 
 
 def _reduction(t: _Tape, n: onnx.NodeProto, g: str) -> Sequence[_Partial]:
-    def partial() -> str:
+    def write() -> str:
         x = n.input[0]
         again = onnx.NodeProto()
         again.CopyFrom(n)
@@ -391,19 +402,19 @@ def _reduction(t: _Tape, n: onnx.NodeProto, g: str) -> Sequence[_Partial]:
             spread = t.emit("Mul", spread, t.emit("Div", *sizes))
         return t.emit("Expand", spread, t.emit("Shape", x))
 
-    return [partial]
+    return [write]
 
 
 def _softmax(t: _Tape, n: onnx.NodeProto, g: str) -> Sequence[_Partial]:
     if t.opset < 13:
         raise _NoRule  # it flattened its input
 
-    def partial() -> str:
+    def write() -> str:
         y, axis = n.output[0], _attribute(n, "axis", -1)
         mean = t.reduce("ReduceSum", t.emit("Mul", g, y), [axis])
         return t.emit("Mul", y, t.emit("Sub", g, mean))
 
-    return [partial]
+    return [write]
 
 
 def _where(t: _Tape, n: onnx.NodeProto, g: str) -> Sequence[_Partial]:
@@ -417,9 +428,12 @@ def _where(t: _Tape, n: onnx.NodeProto, g: str) -> Sequence[_Partial]:
 
 # Nothing flows back through these: their outputs are integers, truth values, or constant almost everywhere.
 _CONSTANT = frozenset(
-    "And ArgMax ArgMin Ceil Constant ConstantOfShape Equal Floor Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual "
-    "NonZero Not Or Range Round Shape Sign Size Xor".split()
-)
+    {
+        "And", "ArgMax", "ArgMin", "Ceil", "Constant", "ConstantOfShape", "Equal", "Floor", "Greater",
+        "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "NonZero", "Not", "Or", "Range", "Round",
+        "Shape", "Sign", "Size", "Xor",
+    }
+)  # fmt: skip
 
 _RULES: dict[str, _Rule] = {
     "Abs": _unary(lambda t, x, y, g: t.emit("Mul", g, t.emit("Sign", x))),

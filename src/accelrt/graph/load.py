@@ -14,7 +14,7 @@ from onnx import inliner, numpy_helper
 
 from accelrt.errors import GraphError
 from accelrt.graph.model import Graph, captures_of
-from accelrt.graph.node import INLINE_BYTES
+from accelrt.graph.node import INLINE_BYTES, WEIGHTS_FILE
 from accelrt.graph.weights import stub
 
 
@@ -105,7 +105,7 @@ def _split(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:
 
 def _placeholder(name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
     shape = ir.Shape(tensor.shape.numpy())
-    return ir.ExternalTensor("weights.bin", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+    return ir.ExternalTensor(WEIGHTS_FILE, 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
 
 
 def _check_extent(tensor: ir.ExternalTensor) -> None:

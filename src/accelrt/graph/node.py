@@ -12,6 +12,9 @@ from accelrt.graph.types import TensorType, ValueType
 INLINE_BYTES = 1024
 """Constants up to this size travel inside a node's view and inside ONNX files; larger ones are weights."""
 
+WEIGHTS_FILE = "weights.bin"
+"""Where weights lie, beside the ONNX files that refer to them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Node:

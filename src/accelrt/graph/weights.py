@@ -13,8 +13,8 @@ import onnx
 import onnx_ir as ir
 
 from accelrt.errors import GraphError
+from accelrt.graph.node import WEIGHTS_FILE
 
-WEIGHTS_FILE = "weights.bin"
 ALIGNMENT = 64
 """A cache line, and what vector loads of every current CPU want."""
 

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +21,7 @@ import onnx_ir as ir
 from accelrt.errors import SourceError
 from accelrt.sources.request import SourceRequest
 from accelrt.sources.torch_files import FileKind, load_program, load_script, recognises_file
+from accelrt.sources.torch_names import leaf_names, name_ports, names_of, rename
 
 __all__ = ["FileKind", "recognises", "recognises_file", "to_onnx"]
 
@@ -41,7 +41,7 @@ _SCRIPT_MAX_OPSET = 20
 
 
 def recognises(model: object) -> bool:
-    """Tell whether a model is a PyTorch object. Imports nothing: without torch loaded there is no such object."""
+    """Tell whether a model is a PyTorch object. Imports nothing: without torch loaded none exists."""
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "nn"):
         return False
@@ -54,8 +54,8 @@ def recognises(model: object) -> bool:
 def to_onnx(model: object, request: SourceRequest) -> ir.Model:
     """Turn a PyTorch object, or the path of a TorchScript or ``.pt2`` file, into ONNX.
 
-    A module is exported in eval mode and left as it was. Its weights are shared, not copied; those of TorchScript
-    are copied.
+    A module is exported in eval mode and left as it was. Its weights are shared, not copied; those of
+    TorchScript are copied.
 
     Raises:
         SourceError: The model cannot be exported, example inputs are missing, or names do not fit.
@@ -76,18 +76,7 @@ def to_onnx(model: object, request: SourceRequest) -> ir.Model:
         else:
             _require("onnxscript", source)
             graph_model, outputs = _from_program(model, request, source)
-    graph = graph_model.graph
-    _detach_outputs(graph)
-    inputs = [value.name or f"input_{i}" for i, value in enumerate(graph.inputs)]
-    if outputs is None or len(outputs) != len(graph.outputs):
-        count = len(graph.outputs)
-        outputs = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
-    outputs = [f"{name}_output" if name in inputs else name for name in outputs]
-    inputs = _chosen("input", request.input_names, inputs)
-    outputs = _chosen("output", request.output_names, outputs)
-    if both := sorted({*inputs} & {*outputs}):
-        raise SourceError(f"{', '.join(both)} is asked for as an input's name and as an output's.")
-    _rename(graph, dict(zip([*graph.inputs, *graph.outputs], [*inputs, *outputs], strict=True)))
+    name_ports(graph_model.graph, outputs, request)
     opset = request.options.opset
     if opset is not None and graph_model.opset_imports.get("") != opset:
         raise SourceError(
@@ -169,7 +158,7 @@ def _from_program(model: Any, request: SourceRequest, source: str) -> tuple[ir.M
     # The exporter renames an input that is returned as it is; the program knows the parameter's own name.
     names = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]
     if len(names) == len(graph.inputs):
-        _rename(graph, dict(zip(graph.inputs, names, strict=True)))
+        rename(graph, dict(zip(graph.inputs, names, strict=True)))
     by_name = {value.name: value for value in graph.inputs}
     for name, axis, label in _open_axes(options.dynamic_shapes, parameters or names):
         shape = by_name[name].shape if name in by_name else None
@@ -178,7 +167,7 @@ def _from_program(model: Any, request: SourceRequest, source: str) -> tuple[ir.M
                 f"dimension {axis} of {name} was asked to stay open, and {source} fixes it to {shape[axis]}.",
                 hint="Remove it from dynamic_shapes, or change the code that needs this very size.",
             )
-    return exported.model, _leaf_names(program)
+    return exported.model, leaf_names(program)
 
 
 def _from_script(model: Any, request: SourceRequest, source: str) -> ir.Model:
@@ -205,7 +194,7 @@ def _from_script(model: Any, request: SourceRequest, source: str) -> ir.Model:
     given = {name: given[name] for name in parameters if name in given}
     if len(given) < len(parameters):
         model = _without_defaults(model, arguments, given, source)
-    names = [leaf for name, value in given.items() for leaf in _names_of(value, name)]
+    names = [leaf for name, value in given.items() for leaf in names_of(value, name)]
     axes: dict[str, dict[int, str]] = {}
     for name, axis, label in _open_axes(options.dynamic_shapes, list(given)):
         if name not in names:
@@ -323,94 +312,6 @@ def _open_axes(shapes: Any, parameters: Sequence[str]) -> Iterator[tuple[str, in
                 yield name, axis, None if hint == "AUTO" else f"{name}_dim_{axis}"
 
 
-def _leaf_names(program: Any) -> list[str]:
-    """Name the outputs after the keys or fields of what the model returns, else ``output``, ``output_0``..."""
-    import torch.utils._pytree as pytree
-
-    spec = program.call_spec.out_spec
-    returned = [item.arg.name if hasattr(item.arg, "name") else None for item in _user_outputs(program)]
-    tree = pytree.tree_unflatten(returned, spec)
-    names = _names_of(tree, "")
-    if len(names) == 1 and not names[0]:
-        return ["output"]
-    names = [f"output{name}" if name.startswith("_") or not name else name for name in names]
-    if names == ["output_0"]:
-        return ["output"]
-    return names if len({*names}) == len(names) else [f"output_{i}" for i in range(len(names))]
-
-
-def _user_outputs(program: Any) -> list[Any]:
-    return [item for item in program.graph_signature.output_specs if item.kind.name == "USER_OUTPUT"]
-
-
-def _names_of(value: Any, name: str) -> list[str]:
-    """Return a name for each leaf of a nest, in order: its path, joined by underscores. None is no leaf."""
-    if value is None:
-        return []
-    items: list[tuple[object, Any]]
-    if isinstance(value, Mapping):
-        items = list(value.items())
-    elif hasattr(value, "_fields"):
-        items = list(zip(value._fields, value, strict=True))
-    elif is_dataclass(value):
-        items = [(field.name, getattr(value, field.name)) for field in fields(value)]
-    elif isinstance(value, list | tuple):
-        items = [(f"_{i}", item) for i, item in enumerate(value)]
-    else:
-        return [name]
-    return [leaf for key, item in items for leaf in _names_of(item, _join(name, str(key)))]
-
-
-def _join(name: str, key: str) -> str:
-    return f"{name}{key}" if not name or key.startswith("_") else f"{name}_{key}"
-
-
-def _detach_outputs(graph: ir.Graph) -> None:
-    """Give each output a value of its own: no weight, no input and no other output, so that it can be renamed."""
-    seen: set[int] = set()
-    for i, value in enumerate(list(graph.outputs)):
-        if value.producer() is None or id(value) in seen:
-            copy = ir.node("Identity", [value])
-            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
-            copy.outputs[0].name = f"{value.name}_copy_{i}"
-            graph.append(copy)
-            graph.outputs[i] = copy.outputs[0]
-        seen.add(id(value))
-
-
-def _chosen(side: str, asked: Sequence[str] | None, found: list[str]) -> list[str]:
-    if asked is None:
-        return found
-    if len(asked) != len(found):
-        raise SourceError(
-            f"{len(asked)} {side} names were given ({', '.join(asked)}), and the model has "
-            f"{len(found)} {side}s ({', '.join(found)}).",
-            hint=f"Give {len(found)} names, in this order.",
-        )
-    if len({*asked}) < len(asked):
-        raise SourceError(f"the {side} names must differ: {', '.join(asked)}.")
-    return list(asked)
-
-
-def _rename(graph: ir.Graph, names: Mapping[ir.Value, str]) -> None:
-    """Rename values, and first move aside any other that holds one of the names."""
-    everything = [*graph.inputs, *graph.initializers.values()]
-    for node in graph.all_nodes():
-        everything += node.outputs
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                everything += [*attribute.as_graph().inputs, *attribute.as_graph().initializers.values()]
-    taken = {value.name for value in everything} | {*names.values()}
-    wanted = {*names.values()}
-    for value in everything:
-        if value not in names and value.name in wanted:
-            number = next(i for i in range(len(taken) + 1) if f"{value.name}_{i}" not in taken)
-            value.name = f"{value.name}_{number}"
-            taken.add(value.name)
-    for value, name in names.items():
-        value.name = name
-
-
 @contextlib.contextmanager
 def _in_eval_mode(model: Any) -> Iterator[None]:
     modules = list(model.modules()) if hasattr(model, "modules") else []
@@ -448,7 +349,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_onnx_log() -> Iterator[None]:
-    """Silence the TorchScript exporter, whose own switch fails to: it prints to the process's standard output."""
+    """Silence the TorchScript exporter: it prints past Python's standard output, and its own switch fails."""
     import torch
 
     log = torch._C._jit_onnx_log

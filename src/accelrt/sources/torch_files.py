@@ -73,8 +73,8 @@ def load_script(path: Path) -> Any:
 def load_program(path: Path) -> Any:
     """Load a ``.pt2`` file without letting it unpickle objects or evaluate expressions of its own making.
 
-    `torch.export.load` falls back to full pickles and evaluates the symbolic sizes in the file. Both are refused
-    here; the rest relies on torch's own reader, so a file from an unknown source stays a risk.
+    `torch.export.load` falls back to full pickles and evaluates the symbolic sizes in the file. Both are
+    refused here; the rest relies on torch's own reader, so a file from an unknown source stays a risk.
 
     Raises:
         SourceError: The file asks for one of these.

@@ -1,0 +1,200 @@
+"""The manifest of an artifact: small, read on every load, and checked field by field because it may be hostile."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from accelrt.errors import ArtifactVersionError, CorruptArtifact
+from accelrt.graph.types import Signature
+
+FORMAT = "accelrt"
+SCHEMA = 1
+MANIFEST = "manifest.json"
+PLACEMENT = "placement.json"
+SOURCE = "source.onnx"
+MAX_BYTES = 64 << 20
+MAX_FILES = 10_000
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file of the artifact: its SHA-256 and its size in bytes."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRecord:
+    """A compiled segment: the engine, what the program depends on, and where its files are."""
+
+    backend: str
+    engine: str
+    precision: str
+    signature: Signature
+    files: Mapping[str, str]
+    fingerprint: Mapping[str, str]
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Backend and engine: ``cpu/onnxruntime``."""
+        return f"{self.backend}/{self.engine}"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an artifact holds. ``files`` lists every file but the manifest itself."""
+
+    accelrt: str
+    target: str
+    signature: Signature
+    segments: tuple[SegmentRecord, ...]
+    files: Mapping[str, FileRecord]
+    options: Mapping[str, Any]
+    source_format: str
+
+    @property
+    def has_source(self) -> bool:
+        """Whether the source graph is in the artifact, so that it can be compiled again."""
+        return SOURCE in self.files
+
+    def dump(self) -> bytes:
+        """Return the manifest as canonical JSON: equal manifests are equal bytes."""
+        data = {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "accelrt": self.accelrt,
+            "target": self.target,
+            "source_format": self.source_format,
+            "options": dict(self.options),
+            "signature": self.signature.to_json(),
+            "segments": [
+                {
+                    "backend": segment.backend,
+                    "engine": segment.engine,
+                    "precision": segment.precision,
+                    "signature": segment.signature.to_json(),
+                    "files": dict(segment.files),
+                    "fingerprint": dict(segment.fingerprint),
+                    "options": dict(segment.options),
+                }
+                for segment in self.segments
+            ],
+            "files": {name: asdict(record) for name, record in self.files.items()},
+        }
+        return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def parse(cls, data: bytes) -> Manifest:
+        """Read a manifest and check it.
+
+        Raises:
+            CorruptArtifact: Not a manifest, or one that contradicts itself.
+            ArtifactVersionError: Its schema is newer than this accelrt.
+        """
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise CorruptArtifact(f"The manifest is not JSON: {error}.") from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise CorruptArtifact("The manifest is not one of accelrt's.")
+        schema = document.get("schema")
+        if type(schema) is not int or schema < 1:
+            raise CorruptArtifact(f"The manifest's schema is {schema!r}, which is no version.")
+        if schema > SCHEMA:
+            raise ArtifactVersionError(
+                f"The artifact has schema {schema}; this accelrt reads up to {SCHEMA}.",
+                hint="Upgrade accelrt, or compile the model again.",
+            )
+        try:
+            manifest = _manifest(document)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise CorruptArtifact(f"The manifest is malformed: {type(error).__name__}: {error}.") from error
+        _check(manifest)
+        return manifest
+
+
+def _manifest(document: Mapping[str, Any]) -> Manifest:
+    return Manifest(
+        accelrt=_text(document["accelrt"]),
+        target=_text(document["target"]),
+        signature=Signature.from_json(document["signature"]),
+        segments=tuple(_segment(item) for item in _list(document["segments"])),
+        files={
+            _name(name): FileRecord(_match(_SHA256, record["sha256"]), _size(record["size"]))
+            for name, record in _mapping(document["files"]).items()
+        },
+        options=_mapping(document["options"]),
+        source_format=_text(document["source_format"]),
+    )
+
+
+def _segment(item: Mapping[str, Any]) -> SegmentRecord:
+    return SegmentRecord(
+        backend=_text(item["backend"]),
+        engine=_text(item["engine"]),
+        precision=_text(item["precision"]),
+        signature=Signature.from_json(item["signature"]),
+        files={_name(key): _name(value) for key, value in _mapping(item["files"]).items()},
+        fingerprint={_text(key): _text(value) for key, value in _mapping(item["fingerprint"]).items()},
+        options=_mapping(item["options"]),
+    )
+
+
+def _check(manifest: Manifest) -> None:
+    if len(manifest.files) > MAX_FILES:
+        raise CorruptArtifact(f"The manifest lists {len(manifest.files)} files; {MAX_FILES} is the most.")
+    if MANIFEST in manifest.files:
+        raise CorruptArtifact("The manifest lists itself.")
+    available = set(manifest.signature.input_names)
+    for index, segment in enumerate(manifest.segments):
+        if missing := sorted(set(segment.files.values()) - set(manifest.files)):
+            raise CorruptArtifact(f"Segment {index} needs the file {missing[0]!r}, which the manifest does not list.")
+        if missing := sorted(set(segment.signature.input_names) - available):
+            raise CorruptArtifact(f"Segment {index} reads {missing[0]!r}, which nothing before it produces.")
+        available.update(segment.signature.output_names)
+    if missing := sorted(set(manifest.signature.output_names) - available):
+        raise CorruptArtifact(f"No segment produces the output {missing[0]!r}.")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is not a list")
+    return value
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} is not a mapping")
+    return value
+
+
+def _match(pattern: re.Pattern[str], value: object) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise ValueError(f"{value!r} is not of the form {pattern.pattern}")
+    return value
+
+
+def _name(value: object) -> str:
+    """Accept plain file names only: no folder, no leading dot, so that nothing can point outside."""
+    return _match(_NAME, value)
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 53:
+        raise ValueError(f"{value!r} is not a size in bytes")
+    return value

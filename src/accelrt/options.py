@@ -1,0 +1,94 @@
+"""Options by name: each belongs to the sources, to the partitioner or to engines; one that nobody knows is an error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from accelrt.errors import OptionError
+from accelrt.registry import Candidate
+from accelrt.sources.request import SourceOptions
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionOptions:
+    """Options of the partitioner.
+
+    Attributes:
+        min_segment_nodes: Segments of fewer nodes return to a later engine where one supports them.
+    """
+
+    min_segment_nodes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.min_segment_nodes < 1:
+            raise OptionError(f"min_segment_nodes must be 1 or more, not {self.min_segment_nodes}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """All options of one compile; ``engines`` has one entry a candidate."""
+
+    source: SourceOptions = field(default_factory=SourceOptions)
+    partition: PartitionOptions = field(default_factory=PartitionOptions)
+    engines: tuple[Any, ...] = ()
+
+
+def resolve(given: Mapping[str, Any] | None, candidates: Sequence[Candidate]) -> Options:
+    """Hand each option to whoever knows it.
+
+    A plain name goes to every engine that has it; ``engine.name`` to that engine alone.
+
+    Raises:
+        OptionError: Nobody knows an option, or a value has the wrong type or is out of range.
+    """
+    pending = dict(given or {})
+    used: set[str] = set()
+
+    def build(cls: type, scope: str | None) -> Any:
+        values: dict[str, Any] = {}
+        for known in fields(cls):
+            for key in (known.name, f"{scope}.{known.name}") if scope else (known.name,):
+                if key in pending:
+                    values[known.name] = _checked(key, pending[key], known)
+                    used.add(key)
+        return cls(**values)
+
+    engines = tuple(build(candidate.engine.options, candidate.engine.name) for candidate in candidates)
+    options = Options(build(SourceOptions, None), build(PartitionOptions, None), engines)
+    if unknown := sorted(set(pending) - used):
+        raise OptionError(_unknown(unknown[0], candidates))
+    return options
+
+
+def _checked(key: str, value: Any, known: Field[Any]) -> Any:
+    default = known.default if known.default is not MISSING else None
+    wanted = type(default)
+    if default is None or type(value) is wanted or (wanted is float and type(value) is int):
+        return value
+    raise OptionError(f"The option {key!r} takes {wanted.__name__}, not {value!r} ({type(value).__name__}).")
+
+
+def _unknown(key: str, candidates: Sequence[Candidate]) -> str:
+    known = {f.name for cls in (SourceOptions, PartitionOptions) for f in fields(cls)}
+    for candidate in candidates:
+        names = {f.name for f in fields(candidate.engine.options)}
+        known |= names | {f"{candidate.engine.name}.{name}" for name in names}
+    close = difflib.get_close_matches(key, known, 1)
+    guess = f" Did you mean {close[0]!r}?" if close else ""
+    plain = ", ".join(sorted(name for name in known if "." not in name))
+    return f"No option is named {key!r} for {', '.join(c.name for c in candidates)}.{guess} Known: {plain}."
+
+
+def from_json(cls: type, data: Mapping[str, Any]) -> Any:
+    """Rebuild an engine's options from an artifact.
+
+    Raises:
+        OptionError: The artifact holds an option that this engine does not know.
+    """
+    try:
+        return cls(**data)
+    except TypeError as error:
+        raise OptionError(f"The artifact holds options that {cls.__name__} does not know: {error}.") from error

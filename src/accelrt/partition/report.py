@@ -1,0 +1,240 @@
+"""The placement: which segment runs where, and why each refused node could not run on what was asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from accelrt.graph.types import static_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from accelrt.graph.model import Graph
+    from accelrt.partition.cost import Partition
+    from accelrt.registry import Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlace:
+    """One node: its name, operator with version, and the engine that runs it."""
+
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One engine's refusal of one node."""
+
+    node: str
+    kind: str
+    engine: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPlace:
+    """One segment.
+
+    ``weight_bytes`` counts the weights its nodes read. ``bytes_in`` and ``bytes_out`` count what crosses from and to
+    other segments on each run, None where a dimension is open. ``emulated`` says that the engine computes in the name
+    of hardware that is not there.
+    """
+
+    engine: str
+    device_kind: str
+    precision: str
+    emulated: bool
+    nodes: tuple[NodePlace, ...]
+    weight_bytes: int
+    bytes_in: int | None
+    bytes_out: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model runs. ``target`` is what was asked for, ``primary`` the engine that it stands for."""
+
+    target: str
+    primary: str
+    segments: tuple[SegmentPlace, ...]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def nodes_by_engine(self) -> dict[str, int]:
+        """Count nodes by the engine that runs them."""
+        counts: Counter[str] = Counter()
+        for segment in self.segments:
+            counts[segment.engine] += len(segment.nodes)
+        return dict(counts)
+
+    @property
+    def fallen_back(self) -> int:
+        """Count the nodes that do not run on the primary engine."""
+        return sum(count for engine, count in self.nodes_by_engine.items() if engine != self.primary)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data that `from_json` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Placement:
+        """Rebuild a placement.
+
+        Raises:
+            KeyError, TypeError, ValueError: ``data`` is not what `to_json` writes.
+        """
+        return cls(
+            str(data["target"]),
+            str(data["primary"]),
+            tuple(
+                SegmentPlace(**{**segment, "nodes": tuple(NodePlace(**node) for node in segment["nodes"])})
+                for segment in data["segments"]
+            ),
+            tuple(Refusal(**refusal) for refusal in data["refusals"]),
+        )
+
+    def render(self, *, reasons: int = 20) -> RenderableType:
+        """Return the placement for a rich console: segments, then refusals grouped by engine and reason.
+
+        Args:
+            reasons: At most so many groups of refusals; the rest is counted.
+        """
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        total = sum(self.nodes_by_engine.values())
+        table = Table(title=f"{self.target}: {total} nodes in {len(self.segments)} segments", title_justify="left")
+        for heading in ("#", "engine", "precision"):
+            table.add_column(heading, no_wrap=True)
+        for heading in ("nodes", "weights", "in", "out"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("operators", overflow="fold")
+        for index, segment in enumerate(self.segments):
+            mark = " (emulated)" if segment.emulated else ""
+            table.add_row(
+                str(index),
+                Text(segment.engine + mark, style="" if segment.engine == self.primary else "yellow"),
+                segment.precision,
+                str(len(segment.nodes)),
+                human_bytes(segment.weight_bytes),
+                human_bytes(segment.bytes_in),
+                human_bytes(segment.bytes_out),
+                _operators(segment.nodes),
+            )
+        parts: list[RenderableType] = [table, Text(self._summary(total))]
+        if groups := self._groups():
+            parts.append(self._refusal_table(groups, reasons))
+        return Group(*parts)
+
+    def _summary(self, total: int) -> str:
+        if not total:
+            return "The model computes nothing: its outputs are its inputs."
+        shares = ", ".join(
+            f"{engine} {count} ({100 * count / total:.0f} %)" for engine, count in self.nodes_by_engine.items()
+        )
+        return f"Nodes by engine: {shares}."
+
+    def _groups(self) -> list[tuple[str, str, str, list[str]]]:
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for refusal in self.refusals:
+            groups.setdefault((refusal.engine, refusal.kind, refusal.reason), []).append(refusal.node)
+        return [(*key, names) for key, names in sorted(groups.items(), key=lambda item: -len(item[1]))]
+
+    def _refusal_table(self, groups: Sequence[tuple[str, str, str, list[str]]], limit: int) -> RenderableType:
+        from rich.table import Table
+
+        table = Table(title="Refused", title_justify="left")
+        for heading in ("engine", "operator"):
+            table.add_column(heading, no_wrap=True)
+        table.add_column("nodes", justify="right")
+        table.add_column("for example", overflow="fold")
+        table.add_column("reason", overflow="fold", ratio=1)
+        for engine, kind, reason, names in groups[:limit]:
+            table.add_row(engine, kind, str(len(names)), names[0], reason)
+        if len(groups) > limit:
+            table.add_row("", "", "", "", f"and {len(groups) - limit} more kinds; `placement` holds all")
+        return table
+
+    def text(self, width: int = 120) -> str:
+        """Return `render` as plain text."""
+        from rich.console import Console
+
+        stream = StringIO()
+        Console(file=stream, width=width, color_system=None).print(self.render())
+        return stream.getvalue().rstrip()
+
+
+def _operators(nodes: Sequence[NodePlace]) -> str:
+    counts = Counter(node.kind.rsplit("-", 1)[0] for node in nodes)
+    shown = [f"{count} {kind}" if count > 1 else kind for kind, count in counts.most_common(6)]
+    return ", ".join(shown) + (f", {len(counts) - 6} more kinds" if len(counts) > 6 else "")
+
+
+def human_bytes(count: int | None) -> str:
+    """Return a number of bytes for people: ``102.1 MB``; ``?`` for None."""
+    if count is None:
+        return "?"
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def place(
+    target: str, graph: Graph, candidates: Sequence[Candidate], precisions: Sequence[str], partition: Partition
+) -> Placement:
+    """Describe a partition of a graph."""
+    last_use = _readers(graph, partition)
+    outputs = set(graph.signature.output_names)
+    segments = []
+    for number, piece in enumerate(partition.pieces):
+        candidate = candidates[piece.owner]
+        nodes = [graph.nodes[index] for index in piece.nodes]
+        produced = {name for node in nodes for name in node.writes}
+        read = {name for node in nodes for name in node.reads}
+        entering = [n for n in read if n not in produced and n not in graph.initializers and n in last_use]
+        leaving = [n for n in produced if n in outputs or last_use.get(n, set()) - {number}]
+        weights: dict[str, int] = {}
+        for node in nodes:
+            weights.update(graph.weight_bytes(node))
+        segments.append(
+            SegmentPlace(
+                candidate.name,
+                candidate.backend.name,
+                precisions[piece.owner],
+                candidate.engine.caps.emulated,
+                tuple(NodePlace(node.name, node.kind) for node in nodes),
+                sum(weights.values()),
+                _total(graph, entering),
+                _total(graph, leaving),
+            )
+        )
+    refusals = tuple(
+        Refusal(graph.nodes[index].name, graph.nodes[index].kind, candidates[number].name, verdict.reason)
+        for number, row in enumerate(partition.verdicts)
+        for index, verdict in enumerate(row)
+        if verdict is not None and not verdict.supported
+    )
+    return Placement(target, candidates[0].name, tuple(segments), refusals)
+
+
+def _readers(graph: Graph, partition: Partition) -> dict[str, set[int]]:
+    readers: dict[str, set[int]] = {}
+    for number, piece in enumerate(partition.pieces):
+        for index in piece.nodes:
+            for name in graph.nodes[index].reads:
+                readers.setdefault(name, set()).add(number)
+    return readers
+
+
+def _total(graph: Graph, names: Sequence[str]) -> int | None:
+    sizes = [static_bytes(graph.types.get(name)) for name in names]
+    return None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)

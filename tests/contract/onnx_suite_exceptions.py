@@ -1,0 +1,39 @@
+"""Cases of ONNX's backend suite (onnx 1.23.2) that a right answer does not pass, each with the proof.
+
+The suite's runner, its tolerances and its data are taken as they are; a case belongs here only if its expectation
+follows from nothing in the operator's specification, or contradicts it.
+"""
+
+from __future__ import annotations
+
+_BERNOULLI = (
+    "The specification says of Bernoulli that it is non-deterministic 'and may not produce the same values in different "
+    "implementations (even if a seed is specified)'; the case expects the ten draws that numpy's global generator "
+    "happened to make next when the case was written. ONNX's own evaluator fails it too."
+)
+_ALIGN_CORNERS = (
+    "Resize-19 defines align_corners as x_original = x_resized * (length_original - 1) / (length_resized - 1) with "
+    "length_resized 'the length of the resized tensor', which is floor(0.6 * 4) = 2: the last column is then at 3. The "
+    "case divides by 0.6 * 4 - 1 instead. onnxruntime and PyTorch follow the text."
+)
+
+EXCEPTIONS: dict[str, str] = {
+    "test_bernoulli": _BERNOULLI,
+    "test_bernoulli_expanded": _BERNOULLI,
+    "test_bernoulli_double": _BERNOULLI,
+    "test_bernoulli_double_expanded": _BERNOULLI,
+    "test_bernoulli_seed": _BERNOULLI,
+    "test_bernoulli_seed_expanded": _BERNOULLI,
+    "test_loop16_seq_none": (
+        "The runner takes len() of each element of a sequence, and the first one here has rank 0, so that it raises "
+        "TypeError whatever is returned. The values are right: `test_reference_engine.py` and the suite test compare "
+        "them element by element."
+    ),
+    "test_attention_4d_causal_fp16": (
+        "The expected values were rounded to float16 after each step and are off by up to 8.7e-4 of the exact result, "
+        "onnxruntime's by up to 7.0e-4; at the element that fails (0, 0, 2, 4) the exact value is 0.39830, expected is "
+        "0.39795, onnxruntime gives 0.39844. The tolerance of 1e-3 is one unit of float16, less than both errors add up to."
+    ),
+    "test_resize_downsample_scales_linear_align_corners": _ALIGN_CORNERS,
+    "test_resize_downsample_scales_cubic_align_corners": _ALIGN_CORNERS,
+}
