@@ -74,10 +74,6 @@ def _attention_short_mask(node: Node) -> bool:
     return mask is not None and total is not None and mask != total
 
 
-def _attention_bfloat16_mask(node: Node) -> bool:
-    return node.input_dtype(0) == "bfloat16" and _present(node.inputs, 3)
-
-
 def _conv_integer_channel_zero_points(node: Node) -> bool:
     # A zero point of unknown shape is refused too: the kernel fails at run, too late to choose another.
     return _present(node.inputs, 3) and _shape(node, 3) not in {(), (1,)}
@@ -135,10 +131,6 @@ _TABLE: dict[tuple[str, str], tuple[_Deviation, ...]] = {
         _Deviation(
             _attention_short_mask,
             "onnxruntime 1.31 refuses an attention mask shorter than the keys, which ONNX pads with -inf",
-        ),
-        _Deviation(
-            _attention_bfloat16_mask,
-            "onnxruntime 1.31 expands bfloat16 Attention with a mask into an ill-typed graph",
         ),
     ),
     ("ConvInteger", ""): (

@@ -1,32 +1,399 @@
-"""OpenVINO on the CPU: not built yet."""
+"""The engine `cpu/openvino`: Intel's runtime, chosen by name.
+
+OpenVINO has crashed in its compiler on CPUs that it does not know (openvino#35943), so everything that compiles runs in
+a child process; only programs that have come out of one are imported into this one.
+"""
 
 from __future__ import annotations
 
+import base64
+import importlib.util
+import tempfile
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from accelrt.backend import CompileJob, Device, Engine, Executable, Precision, Program, Status, Verdict
-from accelrt.errors import CompileError
+import numpy as np
+
+from accelrt import isolation
+from accelrt.backend import (
+    SUPPORTED,
+    Caps,
+    CompileJob,
+    Device,
+    Engine,
+    Executable,
+    Precision,
+    Program,
+    Status,
+    Verdict,
+)
+from accelrt.errors import (
+    AccelrtError,
+    CompileError,
+    ExecutionError,
+    IncompatibleProgram,
+    IsolatedError,
+    OptionError,
+    OutOfDeviceMemory,
+)
+from accelrt.graph.node import Node
+from accelrt.graph.types import Port, Signature, TensorType, Value, numpy_dtype
+from accelrt_cpu.isa import instruction_set
+from accelrt_cpu.openvino_deviations import deviation
+
+_DEVICE = "CPU"
+_BLOB = "model.blob"
+_PROBE_S, _TRIAL_S = 120.0, 600.0
+_OPSET, _IR_VERSION = 28, 14
+"""The newest versions of ONNX on which the engine was checked: OpenVINO itself never refuses a version."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenVinoOptions:
+    """Options of the engine.
+
+    Attributes:
+        threads: Threads that share one inference; 0 takes all cores.
+        streams: Inferences that run side by side, each with its share of the threads.
+        pinning: Threads stay on their cores; None leaves it to OpenVINO.
+    """
+
+    threads: int = 0
+    streams: int = 1
+    pinning: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads < 0 or self.streams < 1:
+            raise OptionError(f"threads must be 0 or more and streams 1 or more, not {self}.")
 
 
 class OpenVinoEngine(Engine):
     """OpenVINO's CPU plug-in."""
 
     name: ClassVar[str] = "openvino"
+    caps: ClassVar[Caps] = Caps(concurrent=True, parallelism=2)
+    options: ClassVar[type] = OpenVinoOptions
     requires: ClassVar[str] = "pip install accelrt[openvino]"
 
+    def __init__(self) -> None:
+        self._verdicts: dict[tuple[object, ...], Verdict] = {}
+
     def status(self) -> Status:
-        return Status(False, None, "not built yet")
+        try:
+            found = importlib.util.find_spec("openvino") is not None
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            return Status(False, reason="openvino is not installed", remedy=self.requires)
+        facts = _facts()
+        if "problem" in facts:
+            return Status(False, reason=f"openvino does not work here: {facts['problem']}", remedy=self.requires)
+        return Status(True, version=facts["version"])
 
     def fingerprint(self) -> Mapping[str, str]:
-        return {}
+        facts = _facts()
+        return {"openvino": facts["version"], "device": facts["device"], "cpu": instruction_set()}
 
-    def supports(self, node: "Node", precision: Precision) -> Verdict:  # noqa
-        return Verdict.refuse("not built yet")
+    def supports(self, node: Node, precision: Precision) -> Verdict:
+        return self.supports_all([node], precision)[0]
+
+    def supports_all(self, nodes: Sequence[Node], precision: Precision) -> list[Verdict]:
+        if precision != "fp32":
+            return [Verdict.refuse(f"precision {precision} is not offered by this engine")] * len(nodes)
+        keys = [_key(node) for node in nodes]
+        unknown = {key: node for key, node in zip(keys, nodes, strict=True) if key not in self._verdicts}
+        for key, node in unknown.items():
+            if (reason := deviation(node)) is not None:
+                self._verdicts[key] = Verdict.refuse(reason)
+        tried = [key for key in unknown if key not in self._verdicts]
+        reasons = _try_out([_trial_model(unknown[key]) for key in tried])
+        self._verdicts.update(
+            (key, SUPPORTED if reason is None else Verdict.refuse(reason))
+            for key, reason in zip(tried, reasons, strict=True)
+        )
+        return [self._verdicts[key] for key in keys]
 
     def compile(self, job: CompileJob, out: Path) -> Program:
-        raise CompileError("not built yet")
+        isolation.call(
+            f"{__name__}:build",
+            model=str(job.model),
+            blob=str(out / _BLOB),
+            signature=job.signature.to_json(),
+            properties=_properties(job.options),
+        )
+        return Program(out, (_BLOB,), self.fingerprint(), job.signature, job.options)
 
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
-        raise CompileError("not built yet")
+        blob = program.path / program.files[0]
+        try:
+            compiled = _core().import_model(_mapped(blob), _DEVICE, _properties(program.options))
+        except MemoryError as error:
+            raise OutOfDeviceMemory(f"openvino: {error}", backend=self.name) from error
+        except Exception as error:  # noqa: BLE001 - OpenVINO raises RuntimeError and what its bindings add to it
+            raise IncompatibleProgram(f"openvino: {_short(error)}", backend=self.name) from error
+        return _Resident(compiled, program.signature)
+
+
+def _key(node: Node) -> tuple[object, ...]:
+    """Return what a trial depends on: the signature and, as kernels are chosen by it, which sizes are open, 0 or 1."""
+    types = (*node.input_types, *node.capture_types, *node.output_types)
+    shapes = (type_.shape for type_ in types if isinstance(type_, TensorType))
+    sizes = tuple(
+        None if shape is None else tuple(min(dim, 2) if isinstance(dim, int) else None for dim in shape)
+        for shape in shapes
+    )
+    captures = tuple(type_.dtype if isinstance(type_, TensorType) else str(type_) for type_ in node.capture_types)
+    return (node.signature, sizes, captures)
+
+
+def _properties(options: OpenVinoOptions) -> dict[str, str]:
+    """Return every property that changes numbers or threads, so that no default of a CPU or a release decides."""
+    properties = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "EXECUTION_MODE_HINT": "ACCURACY",
+        "PERFORMANCE_HINT": "LATENCY",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        "KV_CACHE_PRECISION": "f32",
+        "CPU_DENORMALS_OPTIMIZATION": "NO",
+        "NUM_STREAMS": str(options.streams),
+        "INFERENCE_NUM_THREADS": str(options.threads),
+    }
+    if options.pinning is not None:
+        properties["ENABLE_CPU_PINNING"] = "YES" if options.pinning else "NO"
+    return properties
+
+
+def _trial_model(node: Node) -> bytes:
+    from accelrt.graph.trial import single_node_model
+
+    return single_node_model(node).SerializeToString()
+
+
+def _try_out(models: Sequence[bytes]) -> list[str | None]:
+    """Ask the child about models; where one takes the child down, halve the batch until it stands alone."""
+    if not models:
+        return []
+    try:
+        texts = [base64.b64encode(model).decode() for model in models]
+        reasons: list[str | None] = isolation.call(f"{__name__}:try_out", timeout_s=_TRIAL_S, models=texts)
+        return reasons
+    except IsolatedError as error:
+        if len(models) == 1:
+            return [f"OpenVINO crashed on trial: {error.message}"]
+        middle = len(models) // 2
+        return _try_out(models[:middle]) + _try_out(models[middle:])
+
+
+@cache
+def _facts() -> dict[str, str]:
+    """Return version and device as the child sees them, or the problem that it has with them; asked once."""
+    try:
+        facts: dict[str, str] = isolation.call(f"{__name__}:probe", timeout_s=_PROBE_S)
+        return facts
+    except (AccelrtError, OSError) as error:
+        return {"problem": str(error)}
+
+
+@cache
+def _core() -> Any:
+    """Return the one `openvino.Core` of this process: each loads the plug-in and its threads anew."""
+    import openvino
+
+    return openvino.Core()
+
+
+def _mapped(path: Path) -> Any:
+    """Return a file as a tensor without reading it: the plug-in then copies weights once, from the page cache."""
+    import openvino
+
+    return openvino.read_tensor_data(str(path))
+
+
+# --- what runs in the child process ---
+
+
+def probe() -> dict[str, str]:
+    """Return OpenVINO's version and the full name of its device."""
+    import openvino
+
+    version = openvino.get_version()
+    return {"version": version, "device": str(_core().get_property(_DEVICE, "FULL_DEVICE_NAME"))}
+
+
+def try_out(models: Sequence[str]) -> list[str | None]:
+    """Return for each model, as base64, why OpenVINO cannot compile it, None where it can."""
+    return [_trial(base64.b64decode(text)) for text in models]
+
+
+def _trial(data: bytes) -> str | None:
+    import onnx
+
+    from accelrt.graph.convert import from_type_proto
+
+    proto = onnx.ModelProto.FromString(data)
+    if (problem := _lower(proto)) is not None:
+        return problem
+    try:
+        model = _core().read_model(proto.SerializeToString())
+    except Exception as error:  # noqa: BLE001 - the text of whatever it raises is the reason
+        return f"refused on conversion: {_short(error)}"
+    try:
+        taken = _core().query_model(model, _DEVICE, _properties(OpenVinoOptions()))
+        missing = sorted({op.get_type_name() for op in model.get_ops() if op.get_friendly_name() not in taken})
+        if missing:
+            return f"no CPU kernel for {', '.join(missing)}"
+        compiled = _core().compile_model(model, _DEVICE, _properties(OpenVinoOptions(threads=1)))
+    except Exception as error:  # noqa: BLE001
+        return f"refused on trial: {_short(error)}"
+    ports = (
+        tuple(Port(value.name, type_) for value in values if (type_ := from_type_proto(value.type)) is not None)
+        for values in (proto.graph.input, proto.graph.output)
+    )
+    return _mismatch(compiled, Signature(*ports))
+
+
+def build(model: str, blob: str, signature: Mapping[str, Any], properties: Mapping[str, str]) -> None:
+    """Compile the ONNX file ``model`` and write the program to ``blob``.
+
+    Raises:
+        CompileError: OpenVINO cannot take the model as it is.
+    """
+    import onnx
+
+    path = Path(model)
+    proto = onnx.load(path, load_external_data=False)
+    if problem := _lower(proto) or _wide_weight(proto, path.parent):
+        raise CompileError(f"OpenVINO cannot take the segment: {problem}.", backend=OpenVinoEngine.name)
+    try:
+        compiled = _core().compile_model(_read(proto, path), _DEVICE, dict(properties))
+    except Exception as error:  # noqa: BLE001
+        raise CompileError(f"OpenVINO: {_short(error)}", backend=OpenVinoEngine.name) from error
+    if problem := _mismatch(compiled, Signature.from_json(signature)):
+        raise CompileError(f"OpenVINO changed the segment: {problem}.", backend=OpenVinoEngine.name)
+    Path(blob).write_bytes(compiled.export_model().getbuffer())
+
+
+def _lower(proto: Any) -> str | None:
+    from accelrt.graph.trial import lower_versions
+
+    return lower_versions(proto, {"": _OPSET}, _IR_VERSION)
+
+
+def _read(proto: Any, path: Path) -> Any:
+    """Read a model from a file beside its weights: OpenVINO looks for external data nowhere else."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
+        file.write(proto.SerializeToString())
+        file.flush()
+        return _core().read_model(file.name)
+
+
+def _wide_weight(proto: Any, folder: Path) -> str | None:
+    """Return which weight holds 64-bit integers that exceed the 32 bits that OpenVINO computes in."""
+    import onnx
+    from onnx import numpy_helper
+
+    from accelrt.graph.weights import is_external
+
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT64 and is_external(tensor):
+            if _exceeds_int32(numpy_helper.to_array(tensor, str(folder))):
+                return f"the weight {tensor.name!r} holds integers that exceed 32 bits"
+    return None
+
+
+def _mismatch(compiled: Any, signature: Signature) -> str | None:
+    """Return in which input or output a compiled model differs from what it was made of, None if in nothing."""
+    for ports, expected in ((compiled.inputs, signature.inputs), (compiled.outputs, signature.outputs)):
+        by_name = {name: port for port in ports for name in port.get_names()}
+        for port in expected:
+            found = by_name.get(port.name)
+            if found is None:
+                return f"{port.name!r} is missing"
+            if not isinstance(port.type, TensorType):
+                return f"{port.name!r} is a {port.type}"
+            if found.get_element_type().get_type_name() != _TYPE_NAMES[port.type.dtype]:
+                return f"{port.name!r} is {found.get_element_type().get_type_name()}, not {port.type.dtype}"
+            rank = found.get_partial_shape().rank
+            if rank.is_static and port.type.shape is not None and rank.get_length() != len(port.type.shape):
+                return f"{port.name!r} has {rank.get_length()} dimensions, not {len(port.type.shape)}"
+    return None
+
+
+_TYPE_NAMES = {
+    "bool": "boolean", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64", "uint8": "u8", "uint16": "u16",
+    "float16": "f16", "bfloat16": "bf16", "float32": "f32",
+}  # fmt: skip
+
+
+# --- what runs the program ---
+
+
+class _Resident(Executable):
+    """A compiled model and the requests that run it: one for each call at a time, kept for the next."""
+
+    def __init__(self, compiled: Any, signature: Signature) -> None:
+        import openvino
+
+        self._compiled = compiled
+        self._tensor = openvino.Tensor
+        self._bf16 = openvino.Type.bf16
+        self._inputs = [(_index(compiled.inputs, port.name), port.name, _dtype(port)) for port in signature.inputs]
+        self._outputs = [(_index(compiled.outputs, port.name), port.name, _dtype(port)) for port in signature.outputs]
+        self._idle: deque[Any] = deque()  # append and pop are atomic
+
+    def run(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        for index, name, dtype in self._inputs:
+            request.set_input_tensor(index, self._share(name, inputs[name], dtype))
+        request.infer(None)
+        results = {name: _copy(request.get_output_tensor(index), dtype) for index, name, dtype in self._outputs}
+        self._idle.append(request)  # a request that failed is not kept
+        return results
+
+    def _share(self, name: str, value: Value, dtype: str) -> Any:
+        """Return a tensor over an array's memory; what numpy holds read-only cannot be shared and is copied."""
+        if dtype == "int64" and _exceeds_int32(value):
+            raise ExecutionError(f"The input {name!r} exceeds 32 bits, in which OpenVINO computes int64.", backend="openvino")
+        if dtype == "bfloat16":
+            return self._tensor(np.array(value).view(np.uint16), value.shape, self._bf16)
+        return self._tensor(value, shared_memory=value.flags.writeable)
+
+    def close(self) -> None:
+        self._idle.clear()
+        self._compiled = None
+
+
+def _index(ports: Sequence[Any], name: str) -> int:
+    for index, port in enumerate(ports):
+        if name in port.get_names():
+            return index
+    raise IncompatibleProgram(f"The program has no {name!r}.", backend=OpenVinoEngine.name)
+
+
+def _dtype(port: Port) -> str:
+    return port.type.dtype if isinstance(port.type, TensorType) else ""
+
+
+def _copy(tensor: Any, dtype: str) -> Value:
+    """Return an output as an array of its own: the request writes into the same memory next time."""
+    array = tensor.data.copy()
+    return array.view(numpy_dtype(dtype)) if dtype == "bfloat16" else array
+
+
+def _exceeds_int32(array: Any) -> bool:
+    return bool(array.size) and bool(array.max() > 2**31 - 1 or array.min() < -(2**31))
+
+
+def _short(error: BaseException) -> str:
+    """Return an error on one line, without the places in OpenVINO's sources that it has passed."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith(("Exception from", "Check '")))
+    text = text or " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -114,7 +114,11 @@ def _own(value: Value) -> Value:
     """Return a copy: what the evaluator returns may be an input, a weight, or a view of one."""
     if isinstance(value, list):
         return [_own(item) for item in value]
-    return None if value is None else np.array(value, order="C")
+    if value is None:
+        return None
+    array = np.asarray(value)
+    # Text travels in object arrays; some operators return numpy's fixed-width kind.
+    return np.array(array, object if array.dtype.kind == "U" else array.dtype, order="C")
 
 
 # What can run

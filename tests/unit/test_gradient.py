@@ -92,7 +92,9 @@ def test_unary_rules(op_type: str, opset: int) -> None:
     ("a", "b"), [((2, 3), (2, 3)), ((2, 3), (3,)), ((1, 3), (2, 1)), ((), (2, 3)), ((2, 1, 3), (4, 1))]
 )
 @pytest.mark.parametrize("kind", ["static", "symbolic", "static, axes as attributes"])
-def test_binary_rules_undo_broadcasting(op_type: str, a: tuple[int, ...], b: tuple[int, ...], kind: str) -> None:
+def test_binary_rules_undo_broadcasting(
+    op_type: str, a: tuple[int, ...], b: tuple[int, ...], kind: str
+) -> None:
     nodes = [helper.make_node(op_type, ["a", "b"], ["h"]), helper.make_node("Mul", ["h", "h"], ["y"])]
     shapes: dict[str, Shape] = {"a": a, "b": b}
     if kind == "symbolic":
@@ -101,7 +103,9 @@ def test_binary_rules_undo_broadcasting(op_type: str, a: tuple[int, ...], b: tup
     check(model, {"a": positive(*a), "b": positive(*b) + 0.3}, ["a", "b"])
 
 
-@pytest.mark.parametrize(("a", "b"), [((2, 3), (3, 4)), ((5, 2, 3), (3, 4)), ((1, 2, 3), (5, 3, 4)), ((3,), (3,))])
+@pytest.mark.parametrize(
+    ("a", "b"), [((2, 3), (3, 4)), ((5, 2, 3), (3, 4)), ((1, 2, 3), (5, 3, 4)), ((3,), (3,))]
+)
 def test_matmul(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     nodes = [helper.make_node("MatMul", ["a", "b"], ["h"]), helper.make_node("Mul", ["h", "h"], ["y"])]
     check(build(nodes, {"a": a, "b": b}, ["a", "b"]), {"a": positive(*a), "b": positive(*b)}, ["a", "b"])
@@ -148,8 +152,14 @@ def test_reductions(op_type: str, axes: list[int] | None, keepdims: int, opset: 
         [helper.make_node("Expand", ["x", "large"], ["h"])],
         [helper.make_node("Pow", ["x", "three"], ["h"])],
         [helper.make_node("Softmax", ["x"], ["h"], axis=1)],
-        [helper.make_node("Greater", ["x", "one"], ["c"]), helper.make_node("Where", ["c", "x", "one"], ["h"])],
-        [helper.make_node("Cast", ["x"], ["f"], to=TensorProto.DOUBLE), helper.make_node("Exp", ["f"], ["h"])],
+        [
+            helper.make_node("Greater", ["x", "one"], ["c"]),
+            helper.make_node("Where", ["c", "x", "one"], ["h"]),
+        ],
+        [
+            helper.make_node("Cast", ["x"], ["f"], to=TensorProto.DOUBLE),
+            helper.make_node("Exp", ["f"], ["h"]),
+        ],
     ],
     ids=lambda nodes: nodes[-1].op_type,
 )
@@ -208,7 +218,11 @@ def test_gradient_may_stand_before_what_it_differentiates() -> None:
 
 
 def test_second_order() -> None:
-    model = build([helper.make_node("Tanh", ["x"], ["h"]), helper.make_node("Mul", ["h", "x"], ["y"])], {"x": [3]}, ["x"])
+    model = build(
+        [helper.make_node("Tanh", ["x"], ["h"]), helper.make_node("Mul", ["h", "x"], ["y"])],
+        {"x": [3]},
+        ["x"],
+    )
     again = helper.make_node("Gradient", ["x"], ["dd_x"], domain=DOMAIN, name="gg", xs=["x"], y="d_x")
     model.graph.node.append(again)
     model.graph.output.append(helper.make_tensor_value_info("dd_x", TensorProto.DOUBLE, None))

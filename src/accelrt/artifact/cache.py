@@ -122,6 +122,10 @@ class Cache:
         work.mkdir(mode=0o700, parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=work))
 
+    def discard(self, work: Path) -> None:
+        """Remove an unfinished folder."""
+        shutil.rmtree(work, ignore_errors=True)
+
     def adopt(self, work: Path, manifest: Manifest, identity: str, key: str | None = None) -> Entry:
         """Move a finished and verified folder into the cache; an equal one that is already there wins."""
         (work / _STAMP).write_text(json.dumps(_stamp(work, manifest)))

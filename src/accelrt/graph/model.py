@@ -108,8 +108,8 @@ class Graph:
     def extract(self, indices: Sequence[int]) -> Graph:
         """Return the nodes at ``indices`` as a graph of its own, with the initialisers they read.
 
-        Its inputs are the values that come from outside, its outputs those that are read outside or are outputs of the
-        whole, both in order of first appearance.
+        Its inputs are the values that come from outside, in order of first use; its outputs the outputs of the whole
+        that it computes, in their order, then what others read.
 
         Raises:
             GraphError: A value at the border has no known type.
@@ -120,9 +120,9 @@ class Graph:
         reads = dict.fromkeys(name for index in chosen for name in self.nodes[index].reads)
         sparse = {tensor.values.name for tensor in self.proto.graph.sparse_initializer}
         inputs = [n for n in reads if n not in produced and n not in self.initializers and n not in sparse]
-        wanted = {value.name for value in self.proto.graph.output}
-        wanted.update(n for i, node in enumerate(self.nodes) if i not in inside for n in node.reads)
-        outputs = [n for i in chosen for n in self.nodes[i].writes if n in wanted]
+        outputs = [value.name for value in self.proto.graph.output if value.name in produced]
+        outside = {n for i, node in enumerate(self.nodes) if i not in inside for n in node.reads}.difference(outputs)
+        outputs += [n for i in chosen for n in self.nodes[i].writes if n in outside]
 
         segment = onnx.GraphProto(name=self.proto.graph.name or "graph")
         segment.node.extend(self.proto.graph.node[index] for index in chosen)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -80,11 +79,14 @@ class WeightFile:
         extent = self._known[digest] = Extent(offset, len(data))
         return extent
 
-    def close(self) -> None:
-        """Make what was added durable enough to rename over."""
+    def flush(self) -> None:
+        """Let readers of the file see what was added."""
         if self._file is not None:
             self._file.flush()
-            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Finish the file; more can still be added."""
+        if self._file is not None:
             self._file.close()
             self._file = None
 

@@ -1,0 +1,210 @@
+"""Where OpenVINO's CPU plug-in must not be used although it would take the node: data that it does not tell.
+
+How it was determined: OpenVINO 2026.4.1, every operator that takes integers with values at the ends of their ranges
+against onnx's reference evaluator and onnxruntime, and every case of ONNX's backend suite (onnx 1.23.2) on this engine
+alone. `tests/unit/test_openvino_engine.py` shows the rules on the installed OpenVINO.
+
+What the plug-in does with numbers:
+
+- float64 is computed as float32.
+- int64 is computed as int32: values wrap without a word. So integers of 64 bits may only be carried from place to
+  place or say where: nothing may make them grow. That what enters fits 32 bits is checked at each run.
+- 32-bit integers are exact while they are carried, but are compared and reduced in float32: 16777216 equals 16777217.
+- 16-bit integers travel as 32-bit ones, so a cast that should wrap does not; 8-bit arithmetic saturates where ONNX's
+  wraps. Both compare well: each value is exact in float32.
+- float16 and bfloat16 are computed in float32 and rounded where they leave a program: more precision, never less.
+
+What it does not do is left to who chooses it by name: Relu, Max, Clip and their like may turn NaN into a number, on
+which ONNX is silent, and numbers below 1.2e-38 may count as 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from accelrt.graph.node import Node
+from accelrt.graph.types import TensorType, ValueType
+
+_INT32 = np.iinfo(np.int32)
+_EXACT_IN_FLOAT32 = 2**24
+
+
+def deviation(node: Node) -> str | None:
+    """Return why OpenVINO must not be used for a node or what its bodies hold, None if nothing is known against it."""
+    if node.domain:
+        return f"operators of domain {node.domain} are not checked on OpenVINO"
+    if (reason := _type_problem(node) or _integer_problem(node)) is not None:
+        return reason
+    for entry in _TABLE.get(node.op_type, ()):
+        if entry.applies(node):
+            return entry.reason
+    for inner in (inner for body in node.bodies for inner in body):
+        if (reason := deviation(inner)) is not None:
+            return f"its body holds {inner.name!r} ({inner.kind}): {reason}"
+    return None
+
+
+# --- types ---
+
+_TYPES = frozenset("bool int8 int16 int32 int64 uint8 uint16 float16 bfloat16 float32".split())
+_WHY_NOT = {
+    "float64": "OpenVINO computes float64 as float32",
+    "uint32": "OpenVINO computes uint32 as int32",
+    "uint64": "OpenVINO computes uint64 as int32",
+    "string": "OpenVINO's CPU plug-in does not compute with text",
+}
+
+
+def _type_problem(node: Node) -> str | None:
+    for name, type_ in _values(node):
+        if type_ is None:
+            return f"the type of {name!r} is not known"
+        if not isinstance(type_, TensorType):
+            return f"{name!r} is a {type_}; OpenVINO's CPU plug-in takes tensors only"
+        if type_.dtype not in _TYPES:
+            return _WHY_NOT.get(type_.dtype, f"{type_.dtype} is not checked on OpenVINO") + f" ({name!r})"
+        if type_.shape is None:
+            return f"the rank of {name!r} is not known, without which OpenVINO's CPU plug-in cannot compile"
+    return None
+
+
+def _values(node: Node) -> Iterator[tuple[str, ValueType | None]]:
+    for names, types in (
+        (node.inputs, node.input_types),
+        (node.captures, node.capture_types),
+        (node.outputs, node.output_types),
+    ):
+        yield from ((name, type_) for name, type_ in zip(names, types, strict=True) if name)
+
+
+# --- integers ---
+
+_CARRIES = frozenset(
+    "Identity Reshape Flatten Transpose Squeeze Unsqueeze Concat Split Slice Gather GatherElements GatherND "
+    "Scatter ScatterElements ScatterND Expand Tile Pad Where Compress DepthToSpace SpaceToDepth If Loop Scan".split()
+)
+"""Operators that bring integers of any width from place to place, unchanged: shown with the ends of their ranges."""
+
+_COMPARES = frozenset(
+    "Max Min Clip Relu Sign Equal Less LessOrEqual Greater GreaterOrEqual ArgMax ArgMin TopK ReduceMax ReduceMin "
+    "MaxPool Trilu ReverseSequence NonZero Unique And Or Not Xor".split()
+)
+"""Operators that look at integers and never leave their range: right for 8 and 16 bits, which float32 holds."""
+
+_QUANTISES = frozenset(
+    "QuantizeLinear DequantizeLinear QLinearConv QLinearMatMul ConvInteger MatMulInteger DynamicQuantizeLinear".split()
+)
+"""Operators whose integers stand for real numbers; the suite tells which of them are right."""
+
+_SAYS_WHERE: dict[str, tuple[int, ...]] = {
+    "AffineGrid": (1,), "Attention": (6,), "CenterCropPad": (1,), "ConstantOfShape": (0,), "CumSum": (1,),
+    "Expand": (1,), "EyeLike": (0,), "GRU": (4,), "Gather": (1,), "GatherElements": (1,), "GatherND": (1,),
+    "LSTM": (4,), "Loop": (0,), "MaxUnpool": (1, 2), "NegativeLogLikelihoodLoss": (1,), "NonMaxSuppression": (2,),
+    "OneHot": (0, 1), "Pad": (1, 3), "RNN": (4,), "Range": (0, 1, 2), "ReduceL1": (1,), "ReduceL2": (1,),
+    "ReduceLogSum": (1,), "ReduceLogSumExp": (1,), "ReduceMax": (1,), "ReduceMean": (1,), "ReduceMin": (1,),
+    "ReduceProd": (1,), "ReduceSum": (1,), "ReduceSumSquare": (1,), "Reshape": (1,), "Resize": (3,),
+    "ReverseSequence": (1,), "RotaryEmbedding": (3,), "ScatterElements": (1,), "ScatterND": (1,), "Shape": (0,),
+    "Size": (0,), "Slice": (1, 2, 3, 4), "SoftmaxCrossEntropyLoss": (1,), "Split": (1,), "Squeeze": (1,),
+    "TensorScatter": (2,), "Tile": (1,), "TopK": (1,), "Trilu": (1,), "Unsqueeze": (1,), "Upsample": (1,),
+}  # fmt: skip
+"""Inputs that index, count or name axes, bounded by the sizes of tensors, or that are looked at for their shape."""
+
+_UNBOUNDED = {("Slice", 1), ("Slice", 2), ("Loop", 0), ("NonMaxSuppression", 2)}
+"""Constants that exporters set to 2**63-1 for "to the end"; OpenVINO clamps constants, which does not change these."""
+
+_FINDS_PLACES = frozenset("Shape NonZero ArgMax ArgMin TopK Range ConstantOfShape EyeLike NonMaxSuppression".split())
+"""Operators whose integer outputs are positions or sizes, or as exact as what they are given."""
+
+_WIDE = frozenset({"int32", "int64"})
+_NARROW = frozenset({"int8", "int16", "uint8", "uint16"})
+
+
+def _integer_problem(node: Node) -> str | None:
+    if node.op_type in ("Cast", "CastLike"):
+        return _cast_problem(node)
+    if node.op_type in _QUANTISES:
+        return None
+    for index, type_ in enumerate(node.input_types):
+        dtype = type_.dtype if isinstance(type_, TensorType) else None
+        says_where = index in _SAYS_WHERE.get(node.op_type, ())
+        if dtype in _WIDE | _NARROW and not says_where and not _handles(node, str(dtype)):
+            return _degrades(node, str(dtype))
+        if dtype == "int64" and (node.op_type, index) not in _UNBOUNDED and not _fits(node.constants.get(index)):
+            return f"OpenVINO computes int64 as int32, and the constant {node.inputs[index]!r} exceeds it"
+    for type_ in node.output_types:
+        dtype = type_.dtype if isinstance(type_, TensorType) else None
+        if dtype in _WIDE | _NARROW and node.op_type not in _FINDS_PLACES and not _handles(node, str(dtype)):
+            return _degrades(node, str(dtype))
+    return None
+
+
+def _handles(node: Node, dtype: str) -> bool:
+    return node.op_type in _CARRIES or (node.op_type in _COMPARES and dtype in _NARROW)
+
+
+def _degrades(node: Node, dtype: str) -> str:
+    how = {"int64": "as int32 or float32", "int32": "partly as float32"}.get(dtype, "without wrapping around")
+    return f"OpenVINO computes {node.op_type} of {dtype} {how}, so that large values come out wrong"
+
+
+def _fits(constant: Any) -> bool:
+    return constant is None or not constant.size or (constant.min() >= _INT32.min and constant.max() <= _INT32.max)
+
+
+def _cast_problem(node: Node) -> str | None:
+    source, target = node.input_dtype(0), node.output_dtype(0)
+    if target == source:
+        return None
+    if target == "int64" and source in ("float32", "bfloat16"):
+        return f"OpenVINO casts {source} to int32 where int64 is asked for, so that large values come out wrong"
+    if target == "bool" and source != "bool":
+        return f"OpenVINO casts {source} to bool by way of float32, where NaN and large integers come out False"
+    if target in ("int16", "uint16") and source in _WIDE | _NARROW:
+        return f"OpenVINO keeps {target} in 32 bits, so that a cast from {source} does not wrap around"
+    if source == "int64" and not _fits(node.constants.get(0)):
+        return f"OpenVINO computes int64 as int32, and the constant {node.inputs[0]!r} exceeds it"
+    return None
+
+
+# --- operators ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Deviation:
+    applies: Callable[[Node], bool]
+    reason: str
+
+
+def _always(node: Node) -> bool:
+    return True
+
+
+def _reduces(node: Node) -> bool:
+    return node.attributes.get("reduction", "none") != "none" and node.input_dtype(0) in _WIDE | _NARROW
+
+
+def _pads_with_wide_value(node: Node) -> bool:
+    if node.input_dtype(0) not in _WIDE or node.input_dtype(2) is None:
+        return False
+    value = node.constants.get(2)
+    return value is None or bool(np.any(np.abs(value.astype(np.float64)) > _EXACT_IN_FLOAT32))
+
+
+def _wide_fill(node: Node) -> bool:
+    return not _fits(node.attributes.get("value")) and node.output_dtype(0) == "int64"
+
+
+_SCATTER = (_Deviation(_reduces, "OpenVINO computes reductions of integers without wrapping around"),)
+
+_TABLE: dict[str, tuple[_Deviation, ...]] = {
+    "ScatterElements": _SCATTER,
+    "ScatterND": _SCATTER,
+    "Pad": (
+        _Deviation(_pads_with_wide_value, "OpenVINO passes the value that Pad fills with through float32"),
+    ),
+    "ConstantOfShape": (_Deviation(_wide_fill, "OpenVINO computes int64 as int32, and the value exceeds it"),),
+}

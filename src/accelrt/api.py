@@ -1,0 +1,121 @@
+"""compile() and load(): the glue between a source, the partitioner, the artifact and the session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelrt import options as option_module
+from accelrt.artifact.artifact import Artifact, is_artifact, open_artifact
+from accelrt.policy import check
+from accelrt.registry import REGISTRY
+from accelrt.target import parse_devices, requested
+
+if TYPE_CHECKING:
+    from accelrt.artifact.build import Progress
+    from accelrt.runtime.session import Session
+
+
+def compile(  # noqa: A001 - the verb of every peer
+    model: Any,
+    backend: str | None = None,
+    *,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    fallback: str = "warn",
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile a model for a target; what the target cannot run goes to the CPU, and the artifact says so.
+
+    Args:
+        model: ONNX (path, bytes, ``onnx.ModelProto``, ``onnx_ir.Model``) or PyTorch (``nn.Module``, ``ExportedProgram``,
+            ``ScriptModule``, a ``.pt2`` or TorchScript file).
+        backend: A target, ``backend[/engine][:devices]``; if absent that of ``ACCELRT_BACKEND``, else ``cpu``.
+        example_inputs: Inputs the model accepts, positional or by name; PyTorch modules and TorchScript need them.
+        fallback: ``"warn"`` lets nodes run elsewhere and says so once, ``"allow"`` is silent, ``"error"`` raises.
+        input_names: Names for the inputs, in order, instead of the model's own.
+        output_names: Likewise for the outputs.
+        options: Options by name, of the source, the partitioner and the engines; ``"engine.name"`` for one engine alone.
+        cache: Look the result up in the compile cache, and put it there.
+        progress: Called with what is being done, how much of it is done, and how much there is.
+
+    Returns:
+        The artifact: ``explain()`` it, ``save()`` it, ``load()`` it.
+
+    Raises:
+        TargetError, BackendUnavailable: The target is unknown or not usable; says what installs it.
+        SourceError: The model is not recognised or cannot be converted.
+        OptionError: An option nobody knows, or of the wrong type.
+        UnsupportedNodes: ``fallback="error"`` and a node would leave the requested engine.
+        CompileError: A node that nothing here can run.
+    """
+    from accelrt.artifact.build import BuildRequest, build
+    from accelrt.sources import SourceRequest, open_source
+
+    policy = check(fallback)
+    target = requested(backend)
+    candidates = REGISTRY.candidates(target)
+    resolved = option_module.resolve(options, candidates)
+    if progress is not None:
+        progress("reading the model", 0, 1)
+    source = open_source(model, SourceRequest(example_inputs, input_names, output_names, resolved.source))
+    request = BuildRequest(str(target), candidates, resolved, source.format)
+    return build(source.graph, request, fallback=policy, cache=cache, progress=progress)
+
+
+def load(
+    model: Any,
+    *,
+    backend: str | None = None,
+    devices: str | int | Iterable[int] | None = None,
+    fallback: str = "warn",
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Session:
+    """Load an artifact onto its devices; a model that is not compiled yet is compiled first.
+
+    Args:
+        model: An `Artifact`, the path of a saved one, or any model that `compile` takes.
+        backend: For a model: its target, as for `compile`. An artifact has its own and takes none.
+        devices: Indices of the backend's devices, ``"0-3"``, 2 or a list; all of them if absent.
+        fallback: What happens where a segment cannot run as compiled: no such engine or device, another toolchain, a
+            failure at run time.
+        example_inputs: For a model: as for `compile`.
+        options: For a model: as for `compile`.
+
+    Returns:
+        A session, ready to predict. Close it, or use it as a context manager.
+
+    Raises:
+        CorruptArtifact, ArtifactVersionError: The file is no artifact that can be trusted.
+        IncompatibleProgram, BackendUnavailable, DeviceError: ``fallback="error"``, or there is no source to compile.
+        Whatever `compile` raises, for a model.
+    """
+    from accelrt.errors import OptionError
+    from accelrt.runtime.load import open_session
+
+    policy = check(fallback)
+    wanted = None if devices is None else parse_devices(devices)
+    artifact = _as_artifact(model)
+    if artifact is None:
+        artifact = compile(model, backend, example_inputs=example_inputs, fallback=policy, options=options)
+    elif surplus := [n for n, v in (("backend", backend), ("example_inputs", example_inputs), ("options", options)) if v]:
+        raise OptionError(
+            f"{surplus[0]!r} belongs to compiling, and the artifact is compiled already.",
+            hint="Pass it to accelrt.compile().",
+        )
+    return open_session(artifact, devices=wanted, fallback=policy)
+
+
+def _as_artifact(model: Any) -> Artifact | None:
+    if isinstance(model, Artifact):
+        return model
+    if isinstance(model, str | Path) or hasattr(model, "__fspath__"):
+        path = Path(model)
+        if is_artifact(path):
+            return open_artifact(path)
+    return None

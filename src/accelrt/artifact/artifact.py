@@ -1,0 +1,135 @@
+"""What compiling yields: programs, placement and source graph, in one folder of the cache, savable as one file."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accelrt.artifact.cache import Cache, Entry
+from accelrt.artifact.manifest import PLACEMENT, SOURCE, Manifest
+from accelrt.artifact.store import PackedArtifact, pack, without_source
+from accelrt.errors import ArtifactError, CorruptArtifact
+from accelrt.graph.types import Signature
+
+if TYPE_CHECKING:
+    import os
+
+    from accelrt.graph.model import Graph
+    from accelrt.partition.report import Placement
+
+
+class Artifact:
+    """A compiled model. Made by `accelrt.compile` or `accelrt.load`, not by hand."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the artifact holds: signature, segments with engines and fingerprints, files with hashes."""
+        return self._entry.manifest
+
+    @property
+    def signature(self) -> Signature:
+        """Inputs and outputs of the model."""
+        return self.manifest.signature
+
+    @property
+    def folder(self) -> Path:
+        """Where the artifact lies unpacked. Its files must not be changed."""
+        return self._entry.folder
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Which segment runs where, and why each refused node was refused.
+
+        Raises:
+            CorruptArtifact: The record of it is malformed.
+        """
+        from accelrt.partition.report import Placement
+
+        try:
+            return Placement.from_json(json.loads((self.folder / PLACEMENT).read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CorruptArtifact(f"The placement of the artifact is malformed: {error}.") from error
+
+    def explain(self) -> str:
+        """Return the placement as text: every segment, its engine, sizes, and the reason for every refusal."""
+        return self.placement.text()
+
+    def source_graph(self) -> Graph:
+        """Return the graph that was compiled.
+
+        Raises:
+            ArtifactError: The artifact was saved without it.
+        """
+        if not self.manifest.has_source:
+            raise ArtifactError(
+                "The artifact was saved with sources=False, so it cannot be compiled again.",
+                hint="Load it with the engines it was compiled for, or compile the original model.",
+            )
+        from accelrt.graph.load import load_graph
+
+        return load_graph(self.folder / SOURCE)
+
+    def save(self, path: str | os.PathLike[str], *, sources: bool = True) -> Path:
+        """Write the artifact into one file, atomically; by custom it ends in ``.accel``.
+
+        Args:
+            path: Where to; an existing file is replaced.
+            sources: Keep the source graph, so that other machines and newer engines can compile the model again and
+                a segment that fails can run elsewhere. Without it the file holds the programs alone.
+
+        Raises:
+            ArtifactError: The file cannot be written.
+        """
+        target = Path(path)
+        if sources or not self.manifest.has_source:
+            pack(self.folder, self.manifest, target)
+            return target
+        with tempfile.TemporaryDirectory(prefix="accelrt-") as bare:
+            manifest, _ = without_source(self.folder, self.manifest, Path(bare))
+            pack(Path(bare), manifest, target)
+        return target
+
+    def __repr__(self) -> str:
+        engines = ", ".join(segment.name for segment in self.manifest.segments)
+        return f"<Artifact {self.signature} on {engines or 'nothing'}>"
+
+
+def is_artifact(path: Path) -> bool:
+    """Tell by a file's content whether it means to be an artifact: a zip whose first member is the manifest."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError:
+        return False
+    return path.suffix == ".accel" or (start.startswith(b"PK\x03\x04") and start[30:].startswith(b"manifest.json"))
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Open an ``.accel`` file: from the cache if an equal one was verified before, else unpacked and verified now.
+
+    Raises:
+        CorruptArtifact, ArtifactVersionError, ArtifactError: The file cannot be used.
+    """
+    with PackedArtifact(path) as packed:
+        cache = Cache()
+        if (entry := cache.find(packed.identity)) is not None:
+            return Artifact(entry)
+        try:
+            work = cache.work_folder()
+        except OSError:
+            # A cache that cannot be written costs time, not function.
+            folder = Path(tempfile.mkdtemp(prefix="accelrt-"))
+            packed.unpack(folder)
+            return Artifact(Entry(folder, packed.manifest, temporary=True))
+        try:
+            packed.unpack(work)
+        except BaseException:
+            cache.discard(work)
+            raise
+        return Artifact(cache.adopt(work, packed.manifest, packed.identity))

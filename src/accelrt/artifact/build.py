@@ -1,0 +1,238 @@
+"""Compile a graph: assign, cut, compile each segment, and put the result into an artifact's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from accelrt.artifact.artifact import Artifact
+from accelrt.artifact.cache import Cache, Entry
+from accelrt.artifact.manifest import SCHEMA, SOURCE, Manifest, SegmentRecord
+from accelrt.artifact.store import describe_files, finish, merge_program, write_placement
+from accelrt.backend import CompileJob, Precision, Program
+from accelrt.errors import CompileError, UnsupportedNodes
+from accelrt.graph.model import Graph
+from accelrt.graph.node import WEIGHTS_FILE
+from accelrt.graph.weights import WeightFile
+from accelrt.options import Options
+from accelrt.partition.assign import assign
+from accelrt.partition.cost import Partition, partition
+from accelrt.partition.cut import Piece
+from accelrt.partition.report import Placement, place
+from accelrt.policy import Fallback, announce
+from accelrt.registry import Candidate
+
+logger = logging.getLogger("accelrt")
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many of it are done, and how many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """Everything that decides what a compile gives; two equal requests give equal artifacts."""
+
+    target: str
+    candidates: tuple[Candidate, ...]
+    options: Options
+    source_format: str
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """For each candidate the precision it computes in."""
+        return tuple(candidate.engine.caps.default_precision for candidate in self.candidates)
+
+    def key(self, graph: Graph) -> str:
+        """Return the name under which the result is cached: model, toolchains, options and format."""
+        facts = {
+            "accelrt": version("accelrt"),
+            "schema": SCHEMA,
+            "graph": graph.digest,
+            "target": self.target,
+            "source_format": self.source_format,
+            "partition": asdict(self.options.partition),
+            "candidates": [
+                [candidate.name, precision, dict(candidate.engine.fingerprint()), asdict(options)]
+                for candidate, precision, options in zip(
+                    self.candidates, self.precisions, self.options.engines, strict=True
+                )
+            ],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def build(
+    graph: Graph, request: BuildRequest, *, fallback: Fallback, cache: bool = True, progress: Progress | None = None
+) -> Artifact:
+    """Compile a graph, or find it in the cache, and apply the fallback policy to the placement.
+
+    Raises:
+        UnsupportedNodes: ``fallback`` is ``error`` and a node would leave the requested engine.
+        CompileError: A node that no candidate can compile.
+    """
+    artifact = _build_cached(graph, request, progress) if cache else _build_apart(graph, request, progress)
+    apply_policy(artifact.placement, fallback)
+    return artifact
+
+
+def _build_cached(graph: Graph, request: BuildRequest, progress: Progress | None) -> Artifact:
+    cache = Cache()
+    key = request.key(graph)
+    if (entry := cache.find_compiled(key)) is not None:
+        return Artifact(entry)
+    try:
+        lock = cache.lock(key)
+        lock.__enter__()
+    except OSError as error:
+        logger.warning("The cache at %s cannot be used (%s); compiling without it.", cache.folder, error)
+        return _build_apart(graph, request, progress)
+    try:
+        # Whoever held the lock before may have compiled the same.
+        if (entry := cache.find_compiled(key)) is not None:
+            return Artifact(entry)
+        work = cache.work_folder()
+        try:
+            manifest, identity = _compile_into(work, graph, request, progress)
+        except BaseException:
+            cache.discard(work)
+            raise
+        return Artifact(cache.adopt(work, manifest, identity, key))
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def _build_apart(graph: Graph, request: BuildRequest, progress: Progress | None) -> Artifact:
+    folder = Path(tempfile.mkdtemp(prefix="accelrt-"))
+    entry: Entry | None = None
+    try:
+        manifest, _ = _compile_into(folder, graph, request, progress)
+        entry = Entry(folder, manifest, temporary=True)
+    finally:
+        if entry is None:
+            Cache(folder).discard(folder)
+    return Artifact(entry)
+
+
+def apply_policy(placement: Placement, fallback: Fallback) -> None:
+    """Tell, allow or refuse that nodes do not run on the requested engine.
+
+    Raises:
+        UnsupportedNodes: ``fallback`` is ``error`` and there are such nodes.
+    """
+    if not placement.fallen_back:
+        return
+    refusal = next((r for r in placement.refusals if r.engine == placement.primary), None)
+    example = f"{refusal.node} ({refusal.kind}): {refusal.reason}" if refusal else "none recorded"
+    elsewhere = ", ".join(
+        f"{count} on {engine}" for engine, count in placement.nodes_by_engine.items() if engine != placement.primary
+    )
+    total = sum(placement.nodes_by_engine.values())
+    message = f"{placement.fallen_back} of {total} nodes do not run on {placement.primary}: {elsewhere}. First: {example}."
+    if fallback == "error":
+        raise UnsupportedNodes(message, hint="Pass fallback='warn' to let them run there; explain() lists all.")
+    announce(fallback, message + " explain() lists all.")
+
+
+def _compile_into(
+    folder: Path, graph: Graph, request: BuildRequest, progress: Progress | None
+) -> tuple[Manifest, str]:
+    weights = WeightFile(folder / WEIGHTS_FILE)
+    graph.write(folder / SOURCE, weights)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="programs-") as scratch:
+        workshop = _Workshop(graph, request, weights, folder, Path(scratch), progress or (lambda *_: None))
+        cut, programs = workshop.compile_all()
+        placement = place(request.target, graph, request.candidates, request.precisions, cut)
+        segments = tuple(
+            _record(request, piece.owner, program, merge_program(index, program, folder, weights))
+            for index, (piece, program) in enumerate(zip(cut.pieces, programs, strict=True))
+        )
+    weights.close()
+    write_placement(folder, placement.to_json())
+    manifest = Manifest(
+        accelrt=version("accelrt"),
+        target=request.target,
+        signature=graph.signature,
+        segments=segments,
+        files=describe_files(folder),
+        options={"partition": asdict(request.options.partition)},
+        source_format=request.source_format,
+    )
+    return manifest, finish(folder, manifest)
+
+
+def _record(request: BuildRequest, owner: int, program: Program, files: Mapping[str, str]) -> SegmentRecord:
+    candidate = request.candidates[owner]
+    return SegmentRecord(
+        backend=candidate.backend.name,
+        engine=candidate.engine.name,
+        precision=request.precisions[owner],
+        signature=program.signature,
+        files=files,
+        fingerprint=dict(program.fingerprint),
+        options=asdict(program.options),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Workshop:
+    """What compiling the pieces of one graph needs at hand."""
+
+    graph: Graph
+    request: BuildRequest
+    weights: WeightFile
+    folder: Path
+    scratch: Path
+    progress: Progress
+    done: dict[Piece, Program] = field(default_factory=dict)
+
+    def compile_all(self) -> tuple[Partition, list[Program]]:
+        """Cut and compile; where an engine fails on a segment, it refuses those nodes and the graph is cut anew."""
+        graph, request = self.graph, self.request
+        refused: dict[tuple[int, int], str] = {}
+        while True:
+            self.progress("assigning nodes", 0, len(graph.nodes))
+            assignment = assign(graph.nodes, request.candidates, request.precisions, refused)
+            cut = partition(
+                graph.nodes,
+                assignment,
+                request.candidates,
+                request.precisions,
+                request.options.partition.min_segment_nodes,
+            )
+            failure = self._compile_pieces(cut.pieces)
+            if failure is None:
+                return cut, [self.done[piece] for piece in cut.pieces]
+            piece, error = failure
+            logger.info("%s failed on %d nodes: %s", request.candidates[piece.owner].name, len(piece.nodes), error)
+            refused.update(((piece.owner, index), f"failed to compile: {error}") for index in piece.nodes)
+
+    def _compile_pieces(self, pieces: Sequence[Piece]) -> tuple[Piece, CompileError] | None:
+        for number, piece in enumerate(pieces):
+            self.progress("compiling segments", number, len(pieces))
+            if piece in self.done:
+                continue
+            try:
+                self.done[piece] = self._compile_piece(piece)
+            except CompileError as error:
+                return piece, error
+        self.progress("compiling segments", len(pieces), len(pieces))
+        return None
+
+    def _compile_piece(self, piece: Piece) -> Program:
+        segment = self.graph.extract(piece.nodes)
+        model = self.folder / "segment.onnx"
+        segment.write(model, self.weights)
+        self.weights.flush()
+        out = Path(tempfile.mkdtemp(dir=self.scratch))
+        owner = piece.owner
+        job = CompileJob(model, segment.signature, self.request.precisions[owner], self.request.options.engines[owner])
+        try:
+            return self.request.candidates[owner].engine.compile(job, out)
+        finally:
+            model.unlink()

@@ -1,0 +1,59 @@
+"""What is on this machine: backends, engines and devices, as data for people and tools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from accelrt.backend import Device, Status
+from accelrt.errors import RegistryError, TargetError
+from accelrt.registry import REGISTRY
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """One engine and whether it is usable here."""
+
+    name: str
+    status: Status
+    emulated: bool
+    default_precision: str
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """One backend: where it comes from, its engines and devices; ``reason`` says why it is not used, None if it is."""
+
+    name: str
+    origin: str
+    reason: str | None
+    engines: tuple[EngineInfo, ...] = ()
+    devices: tuple[Device, ...] = ()
+
+    @property
+    def usable(self) -> bool:
+        """Whether at least one engine is usable."""
+        return any(engine.status.usable for engine in self.engines)
+
+
+def backends() -> tuple[BackendInfo, ...]:
+    """Return every backend that is installed or registered, broken and duplicate plug-ins included."""
+    return tuple(_describe(plugin.name, plugin.origin, plugin.reason) for plugin in REGISTRY.plugins())
+
+
+def devices() -> tuple[Device, ...]:
+    """Return every device of every backend that works."""
+    return tuple(device for backend in backends() for device in backend.devices)
+
+
+def _describe(name: str, origin: str, reason: str | None) -> BackendInfo:
+    if reason is not None:
+        return BackendInfo(name, origin, reason)
+    try:
+        backend = REGISTRY.backend(name)
+    except (RegistryError, TargetError) as error:
+        return BackendInfo(name, origin, str(error))
+    engines = tuple(
+        EngineInfo(engine.name, engine.status(), engine.caps.emulated, engine.caps.default_precision)
+        for engine in backend.engines
+    )
+    return BackendInfo(name, origin, None, engines, tuple(backend.devices()))

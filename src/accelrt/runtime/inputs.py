@@ -1,0 +1,198 @@
+"""Check and bind the inputs of `predict`: never a wrong answer from a mistyped input."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from accelrt.errors import InputError
+from accelrt.graph.types import (
+    OptionalType,
+    Port,
+    SequenceType,
+    Signature,
+    TensorType,
+    Value,
+    ValueType,
+    numpy_dtype,
+)
+
+
+class Binder:
+    """Turns what a caller gave into checked arrays by name. Arrays that fit are passed on without a copy."""
+
+    def __init__(self, signature: Signature) -> None:
+        self._signature = signature
+        self._names = signature.input_names
+        self._count = len(signature.inputs)
+        tensors = [(port.name, port.type) for port in signature.inputs if isinstance(port.type, TensorType)]
+        # Only plain tensors of known rank have a fast way; an empty tuple here sends all calls the slow way.
+        fast = len(tensors) == self._count and all(type_.shape is not None for _, type_ in tensors)
+        self._fast: tuple[tuple[str, Any, int, tuple[int, ...] | None, tuple[tuple[int, int], ...]], ...] = ()
+        if fast:
+            self._fast = tuple((name, *_expectation(type_)) for name, type_ in tensors)
+
+    def bind(self, given: tuple[Any, ...]) -> Mapping[str, Value]:
+        """Bind the arguments of a call: one mapping by name, or values in the order of the signature.
+
+        Raises:
+            InputError: A name, type or shape does not fit; says which input, what is expected and what came.
+        """
+        if len(given) == 1 and isinstance(given[0], Mapping):
+            named: Mapping[str, Any] = given[0]
+        elif len(given) == self._count:
+            named = dict(zip(self._names, given, strict=True))
+        else:
+            raise InputError(
+                f"The model takes {self._count} inputs ({', '.join(self._names)}), {len(given)} were given.",
+                hint="Pass them in this order, or one mapping by name.",
+            )
+        if self._fast and len(named) == self._count and type(named) is dict:
+            for name, dtype, rank, exact, fixed in self._fast:
+                value = named.get(name)
+                if type(value) is not np.ndarray or value.dtype is not dtype or not value.flags.c_contiguous:
+                    break
+                shape = value.shape
+                if exact is None:
+                    if len(shape) != rank:
+                        break
+                    for axis, size in fixed:
+                        if shape[axis] != size:
+                            break
+                    else:
+                        continue
+                    break
+                if shape != exact:
+                    break
+            else:
+                return named
+        return self._bind_slowly(named)
+
+    def _bind_slowly(self, named: Mapping[str, Any]) -> dict[str, Value]:
+        known = set(self._names)
+        missing = [p.name for p in self._signature.inputs if p.name not in named and not isinstance(p.type, OptionalType)]
+        unknown = [name for name in named if name not in known]
+        if missing or unknown:
+            problems = [f"missing: {', '.join(missing)}"] * bool(missing)
+            problems += [f"unknown: {', '.join(map(repr, unknown))}"] * bool(unknown)
+            raise InputError(f"Inputs do not fit ({'; '.join(problems)}). The model takes {self._signature}.")
+        return {port.name: coerce(named.get(port.name), port) for port in self._signature.inputs}
+
+
+def _expectation(type_: TensorType) -> tuple[Any, int, tuple[int, ...] | None, tuple[tuple[int, int], ...]]:
+    """Return dtype, rank, the whole shape if it is static, and the axes of static size."""
+    shape = type_.shape or ()
+    fixed = tuple((axis, size) for axis, size in enumerate(shape) if isinstance(size, int))
+    exact = tuple(size for _, size in fixed) if len(fixed) == len(shape) else None
+    return numpy_dtype(type_.dtype), len(shape), exact, fixed
+
+
+def coerce(value: Any, port: Port) -> Value:
+    """Return a value as its port's type wants it: C-ordered arrays, lists for sequences, None for empty optionals.
+
+    Arrays keep their dtype or are refused; Python numbers and lists, which have none, take the port's.
+
+    Raises:
+        InputError: The value does not fit.
+    """
+    return _coerce(value, port.type, port)
+
+
+def _coerce(value: Any, type_: ValueType, port: Port) -> Value:
+    match type_:
+        case OptionalType(element):
+            return None if value is None else _coerce(value, element, port)
+        case SequenceType(element):
+            if not isinstance(value, list | tuple):
+                raise _misfit(port, f"a {type(value).__name__}, not a list")
+            return [_coerce(item, element, port) for item in value]
+        case TensorType():
+            array = _array(value, type_, port)
+            _check_shape(array, type_, port)
+            return array
+
+
+def _array(value: Any, type_: TensorType, port: Port) -> np.ndarray[Any, Any]:
+    dtype = numpy_dtype(type_.dtype)
+    if value is None:
+        raise _misfit(port, "None")
+    if isinstance(value, bool | numbers.Number | str | list | tuple) and not isinstance(value, np.generic):
+        return _from_python(value, type_, dtype, port)
+    array = _from_foreign(value, port)
+    if type_.dtype == "string":
+        return _text(array, port)
+    if array.dtype != dtype:
+        if array.dtype.newbyteorder("=") != dtype:
+            raise _misfit(port, f"{_type_name(array)} of dtype {array.dtype}", f"Convert it: x.astype({type_.dtype!r}).")
+        array = array.astype(dtype)
+    # `ascontiguousarray` would make a vector of a scalar.
+    return array if array.flags.c_contiguous else array.copy(order="C")
+
+
+def _from_foreign(value: Any, port: Port) -> np.ndarray[Any, Any]:
+    if isinstance(value, np.ndarray | np.generic):
+        return np.asarray(value)
+    try:
+        if hasattr(value, "__array__"):
+            return np.asarray(value)
+        if hasattr(value, "__dlpack__"):
+            return np.from_dlpack(value)
+    except Exception as error:
+        raise _misfit(port, f"a {type(value).__name__} that gives no array: {error}") from error
+    raise _misfit(port, f"a {type(value).__name__}", "Anything with __array__ or __dlpack__ will do.")
+
+
+def _from_python(value: Any, type_: TensorType, dtype: np.dtype[Any], port: Port) -> np.ndarray[Any, Any]:
+    try:
+        array = np.array(value)
+    except ValueError as error:
+        raise _misfit(port, f"a ragged list: {error}") from error
+    if type_.dtype == "string":
+        return _text(array, port)
+    if array.dtype == object or array.dtype.kind in "US":
+        raise _misfit(port, f"a {type(value).__name__} that holds other things than numbers")
+    if array.size and not _takes(dtype, array):
+        raise _misfit(port, f"Python values of kind {array.dtype.name}, which {type_.dtype} cannot hold exactly")
+    return array.astype(dtype)
+
+
+def _takes(dtype: np.dtype[Any], array: np.ndarray[Any, Any]) -> bool:
+    """Whether numbers without a dtype may become ``dtype``: floats take numbers, integers whole ones in range."""
+    kind = array.dtype.kind
+    if dtype.kind == "b" or kind == "b":
+        return dtype.kind == kind
+    if dtype.kind in "iu":
+        return kind in "iu" and np.iinfo(dtype).min <= array.min() and array.max() <= np.iinfo(dtype).max
+    if dtype.kind == "c":
+        return True
+    return kind in "iuf"  # floating types, ml_dtypes' among them
+
+
+def _text(array: np.ndarray[Any, Any], port: Port) -> np.ndarray[Any, Any]:
+    if array.dtype.kind == "S":
+        array = np.char.decode(array, "utf-8")
+    if array.dtype.kind not in "UTO" or not all(isinstance(item, str) for item in array.flat):
+        raise _misfit(port, f"an array of {array.dtype}, not of text")
+    return array.astype(object)
+
+
+def _check_shape(array: np.ndarray[Any, Any], type_: TensorType, port: Port) -> None:
+    shape = type_.shape
+    if shape is None:
+        return
+    fits = array.ndim == len(shape) and all(
+        not isinstance(want, int) or want == have for want, have in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise _misfit(port, f"shape {list(array.shape)}")
+
+
+def _type_name(array: np.ndarray[Any, Any]) -> str:
+    return "an array" if array.ndim else "a scalar"
+
+
+def _misfit(port: Port, found: str, hint: str | None = None) -> InputError:
+    return InputError(f"Input {port.name!r} takes {port.type}; found {found}.", hint=hint)
