@@ -1,11 +1,12 @@
 """Where onnxruntime has a kernel that must not be used: data that kernel definitions do not hold.
 
 How it was determined: every case of ONNX's backend suite (onnx 1.23.2) was run on onnxruntime 1.31.1's
-CPU kernels, with opset 28 lowered to 27 where no operator changed, and each failure was held against the
-operator's text in the ONNX specification. What is here either refuses a valid node, at session creation
-or at run, or gives an answer that the specification does not allow or that is far less exact than
-numpy's. Where onnxruntime is right and the case is not, the case is listed in
-``tests/contract/onnx_suite_exceptions.py`` instead.
+CPU kernels, stamped with the newest opset that onnxruntime knows where no operator changed since, and
+each failure was held against the operator's text in the ONNX specification. What is here either refuses a
+valid node, at session creation or at run, or gives an answer that the specification does not allow or
+that is far less exact than numpy's. Where onnxruntime is right and the case is not, the case is listed in
+``tests/contract/onnx_suite_exceptions.py`` instead. Operators and types without a kernel are not listed:
+kernel definitions and trials tell.
 
 `tests/unit/test_deviations.py` shows each deviation on the installed onnxruntime, so a release that mends
 one fails that test; deviations that a later release adds are found by running the suite again.
@@ -23,7 +24,10 @@ from accelrt.graph.types import Dim, TensorType
 
 
 def deviation(node: Node) -> str | None:
-    """Return why onnxruntime's kernel must not be used for a node, None if nothing is known against it."""
+    """Return why onnxruntime's kernel must not be used for a node, None if nothing is known against it.
+
+    The answer depends on sizes and constants too, not on the node's signature alone.
+    """
     for entry in _TABLE.get((node.op_type, node.domain), ()):
         if entry.applies(node):
             return entry.reason

@@ -1,7 +1,7 @@
 """The engine `cpu/openvino`: Intel's runtime, chosen by name.
 
-OpenVINO has crashed in its compiler on CPUs that it does not know (openvino#35943), so everything that compiles runs in
-a child process; only programs that have come out of one are imported into this one.
+OpenVINO has crashed in its compiler on CPUs that it does not know (openvino#35943), so everything that compiles
+runs in a child process; only programs that have come out of one are imported into this one.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class OpenVinoEngine(Engine):
             return Status(False, reason="openvino is not installed", remedy=self.requires)
         facts = _facts()
         if "problem" in facts:
-            return Status(False, reason=f"openvino does not work here: {facts['problem']}", remedy=self.requires)
+            return Status(
+                False, reason=f"openvino does not work here: {facts['problem']}", remedy=self.requires
+            )
         return Status(True, version=facts["version"])
 
     def fingerprint(self) -> Mapping[str, str]:
@@ -125,33 +127,35 @@ class OpenVinoEngine(Engine):
             signature=job.signature.to_json(),
             properties=_properties(job.options),
         )
-        return Program(out, (_BLOB,), self.fingerprint(), job.signature, job.options)
+        return Program({_BLOB: out / _BLOB}, self.fingerprint(), job.signature, job.options)
 
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
-        blob = program.path / program.files[0]
         try:
-            compiled = _core().import_model(_mapped(blob), _DEVICE, _properties(program.options))
+            blob = _mapped(program.files[_BLOB])
+            compiled = _core().import_model(blob, _DEVICE, _properties(program.options))
         except MemoryError as error:
             raise OutOfDeviceMemory(f"openvino: {error}", backend=self.name) from error
-        except Exception as error:  # noqa: BLE001 - OpenVINO raises RuntimeError and what its bindings add to it
+        except Exception as error:
             raise IncompatibleProgram(f"openvino: {_short(error)}", backend=self.name) from error
         return _Resident(compiled, program.signature)
 
 
 def _key(node: Node) -> tuple[object, ...]:
-    """Return what a trial depends on: the signature and, as kernels are chosen by it, which sizes are open, 0 or 1."""
+    """Return what a trial depends on: the signature and, as kernels go by it, which sizes are open, 0 or 1."""
     types = (*node.input_types, *node.capture_types, *node.output_types)
     shapes = (type_.shape for type_ in types if isinstance(type_, TensorType))
     sizes = tuple(
         None if shape is None else tuple(min(dim, 2) if isinstance(dim, int) else None for dim in shape)
         for shape in shapes
     )
-    captures = tuple(type_.dtype if isinstance(type_, TensorType) else str(type_) for type_ in node.capture_types)
+    captures = tuple(
+        type_.dtype if isinstance(type_, TensorType) else str(type_) for type_ in node.capture_types
+    )
     return (node.signature, sizes, captures)
 
 
 def _properties(options: OpenVinoOptions) -> dict[str, str]:
-    """Return every property that changes numbers or threads, so that no default of a CPU or a release decides."""
+    """Return every property that changes numbers or threads: no default of a CPU or a release decides."""
     properties = {
         "INFERENCE_PRECISION_HINT": "f32",
         "EXECUTION_MODE_HINT": "ACCURACY",
@@ -170,7 +174,7 @@ def _properties(options: OpenVinoOptions) -> dict[str, str]:
 def _trial_model(node: Node) -> bytes:
     from accelrt.graph.trial import single_node_model
 
-    return single_node_model(node).SerializeToString()
+    return bytes(single_node_model(node).SerializeToString())
 
 
 def _try_out(models: Sequence[bytes]) -> list[str | None]:
@@ -207,10 +211,11 @@ def _core() -> Any:
 
 
 def _mapped(path: Path) -> Any:
-    """Return a file as a tensor without reading it: the plug-in then copies weights once, from the page cache."""
+    """Return a file as a tensor over its pages, so that the plug-in copies weights once."""
     import openvino
 
-    return openvino.read_tensor_data(str(path))
+    # Copy-on-write, because OpenVINO shares only what numpy may write to.
+    return openvino.Tensor(np.memmap(path, np.uint8, mode="c"), shared_memory=True)
 
 
 # --- what runs in the child process ---
@@ -243,14 +248,18 @@ def _trial(data: bytes) -> str | None:
         return f"refused on conversion: {_short(error)}"
     try:
         taken = _core().query_model(model, _DEVICE, _properties(OpenVinoOptions()))
-        missing = sorted({op.get_type_name() for op in model.get_ops() if op.get_friendly_name() not in taken})
+        missing = sorted(
+            {op.get_type_name() for op in model.get_ops() if op.get_friendly_name() not in taken}
+        )
         if missing:
             return f"no CPU kernel for {', '.join(missing)}"
         compiled = _core().compile_model(model, _DEVICE, _properties(OpenVinoOptions(threads=1)))
     except Exception as error:  # noqa: BLE001
         return f"refused on trial: {_short(error)}"
     ports = (
-        tuple(Port(value.name, type_) for value in values if (type_ := from_type_proto(value.type)) is not None)
+        tuple(
+            Port(value.name, type_) for value in values if (type_ := from_type_proto(value.type)) is not None
+        )
         for values in (proto.graph.input, proto.graph.output)
     )
     return _mismatch(compiled, Signature(*ports))
@@ -270,7 +279,7 @@ def build(model: str, blob: str, signature: Mapping[str, Any], properties: Mappi
         raise CompileError(f"OpenVINO cannot take the segment: {problem}.", backend=OpenVinoEngine.name)
     try:
         compiled = _core().compile_model(_read(proto, path), _DEVICE, dict(properties))
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise CompileError(f"OpenVINO: {_short(error)}", backend=OpenVinoEngine.name) from error
     if problem := _mismatch(compiled, Signature.from_json(signature)):
         raise CompileError(f"OpenVINO changed the segment: {problem}.", backend=OpenVinoEngine.name)
@@ -299,14 +308,14 @@ def _wide_weight(proto: Any, folder: Path) -> str | None:
     from accelrt.graph.weights import is_external
 
     for tensor in proto.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.INT64 and is_external(tensor):
-            if _exceeds_int32(numpy_helper.to_array(tensor, str(folder))):
-                return f"the weight {tensor.name!r} holds integers that exceed 32 bits"
+        is_wide = tensor.data_type == onnx.TensorProto.INT64 and is_external(tensor)
+        if is_wide and _exceeds_int32(numpy_helper.to_array(tensor, str(folder))):
+            return f"the weight {tensor.name!r} holds integers that exceed 32 bits"
     return None
 
 
 def _mismatch(compiled: Any, signature: Signature) -> str | None:
-    """Return in which input or output a compiled model differs from what it was made of, None if in nothing."""
+    """Return how inputs or outputs differ from what was asked for, None if they do not."""
     for ports, expected in ((compiled.inputs, signature.inputs), (compiled.outputs, signature.outputs)):
         by_name = {name: port for port in ports for name in port.get_names()}
         for port in expected:
@@ -341,8 +350,12 @@ class _Resident(Executable):
         self._compiled = compiled
         self._tensor = openvino.Tensor
         self._bf16 = openvino.Type.bf16
-        self._inputs = [(_index(compiled.inputs, port.name), port.name, _dtype(port)) for port in signature.inputs]
-        self._outputs = [(_index(compiled.outputs, port.name), port.name, _dtype(port)) for port in signature.outputs]
+        self._inputs = [
+            (_index(compiled.inputs, port.name), port.name, _dtype(port)) for port in signature.inputs
+        ]
+        self._outputs = [
+            (_index(compiled.outputs, port.name), port.name, _dtype(port)) for port in signature.outputs
+        ]
         self._idle: deque[Any] = deque()  # append and pop are atomic
 
     def run(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
@@ -353,14 +366,20 @@ class _Resident(Executable):
         for index, name, dtype in self._inputs:
             request.set_input_tensor(index, self._share(name, inputs[name], dtype))
         request.infer(None)
-        results = {name: _copy(request.get_output_tensor(index), dtype) for index, name, dtype in self._outputs}
+        results = {
+            name: _copy(request.get_output_tensor(index), dtype) for index, name, dtype in self._outputs
+        }
         self._idle.append(request)  # a request that failed is not kept
         return results
 
     def _share(self, name: str, value: Value, dtype: str) -> Any:
-        """Return a tensor over an array's memory; what numpy holds read-only cannot be shared and is copied."""
+        """Return a tensor over an array's memory; a read-only array cannot be shared and is copied."""
         if dtype == "int64" and _exceeds_int32(value):
-            raise ExecutionError(f"The input {name!r} exceeds 32 bits, in which OpenVINO computes int64.", backend="openvino")
+            raise ExecutionError(
+                f"The input {name!r} holds integers that exceed 32 bits, in which OpenVINO computes int64.",
+                hint="Run the model on cpu/onnxruntime.",
+                backend=OpenVinoEngine.name,
+            )
         if dtype == "bfloat16":
             return self._tensor(np.array(value).view(np.uint16), value.shape, self._bf16)
         return self._tensor(value, shared_memory=value.flags.writeable)

@@ -50,7 +50,12 @@ def deviation(node: Node) -> str | None:
 
 # --- types ---
 
-_TYPES = frozenset("bool int8 int16 int32 int64 uint8 uint16 float16 bfloat16 float32".split())
+_TYPES = frozenset(
+    {
+        "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "float16", "bfloat16",
+        "float32",
+    }
+)  # fmt: skip
 _WHY_NOT = {
     "float64": "OpenVINO computes float64 as float32",
     "uint32": "OpenVINO computes uint32 as int32",
@@ -84,20 +89,30 @@ def _values(node: Node) -> Iterator[tuple[str, ValueType | None]]:
 # --- integers ---
 
 _CARRIES = frozenset(
-    "Identity Reshape Flatten Transpose Squeeze Unsqueeze Concat Split Slice Gather GatherElements GatherND "
-    "Scatter ScatterElements ScatterND Expand Tile Pad Where Compress DepthToSpace SpaceToDepth If Loop Scan".split()
-)
+    {
+        "Identity", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Split",
+        "Slice", "Gather", "GatherElements", "GatherND", "Scatter", "ScatterElements", "ScatterND",
+        "Expand", "Tile", "Pad", "Where", "Compress", "DepthToSpace", "SpaceToDepth", "If", "Loop",
+        "Scan",
+    }
+)  # fmt: skip
 """Operators that bring integers of any width from place to place, unchanged: shown with the ends of their ranges."""
 
 _COMPARES = frozenset(
-    "Max Min Clip Relu Sign Equal Less LessOrEqual Greater GreaterOrEqual ArgMax ArgMin TopK ReduceMax ReduceMin "
-    "MaxPool Trilu ReverseSequence NonZero Unique And Or Not Xor".split()
-)
+    {
+        "Max", "Min", "Clip", "Relu", "Sign", "Equal", "Less", "LessOrEqual", "Greater",
+        "GreaterOrEqual", "ArgMax", "ArgMin", "TopK", "ReduceMax", "ReduceMin", "MaxPool", "Trilu",
+        "ReverseSequence", "NonZero", "Unique", "And", "Or", "Not", "Xor",
+    }
+)  # fmt: skip
 """Operators that look at integers and never leave their range: right for 8 and 16 bits, which float32 holds."""
 
 _QUANTISES = frozenset(
-    "QuantizeLinear DequantizeLinear QLinearConv QLinearMatMul ConvInteger MatMulInteger DynamicQuantizeLinear".split()
-)
+    {
+        "QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
+        "MatMulInteger", "DynamicQuantizeLinear",
+    }
+)  # fmt: skip
 """Operators whose integers stand for real numbers; the suite tells which of them are right."""
 
 _SAYS_WHERE: dict[str, tuple[int, ...]] = {
@@ -111,12 +126,17 @@ _SAYS_WHERE: dict[str, tuple[int, ...]] = {
     "Size": (0,), "Slice": (1, 2, 3, 4), "SoftmaxCrossEntropyLoss": (1,), "Split": (1,), "Squeeze": (1,),
     "TensorScatter": (2,), "Tile": (1,), "TopK": (1,), "Trilu": (1,), "Unsqueeze": (1,), "Upsample": (1,),
 }  # fmt: skip
-"""Inputs that index, count or name axes, bounded by the sizes of tensors, or that are looked at for their shape."""
+"""Inputs that index, count or name axes, bounded by the sizes of tensors, or of which only the shape counts."""
 
 _UNBOUNDED = {("Slice", 1), ("Slice", 2), ("Loop", 0), ("NonMaxSuppression", 2)}
-"""Constants that exporters set to 2**63-1 for "to the end"; OpenVINO clamps constants, which does not change these."""
+"""Where exporters write 2**63-1 for "to the end": OpenVINO clamps constants, which does not change these."""
 
-_FINDS_PLACES = frozenset("Shape NonZero ArgMax ArgMin TopK Range ConstantOfShape EyeLike NonMaxSuppression".split())
+_FINDS_PLACES = frozenset(
+    {
+        "Shape", "NonZero", "ArgMax", "ArgMin", "TopK", "Range", "ConstantOfShape", "EyeLike",
+        "NonMaxSuppression",
+    }
+)  # fmt: skip
 """Operators whose integer outputs are positions or sizes, or as exact as what they are given."""
 
 _WIDE = frozenset({"int32", "int64"})
@@ -133,7 +153,11 @@ def _integer_problem(node: Node) -> str | None:
         says_where = index in _SAYS_WHERE.get(node.op_type, ())
         if dtype in _WIDE | _NARROW and not says_where and not _handles(node, str(dtype)):
             return _degrades(node, str(dtype))
-        if dtype == "int64" and (node.op_type, index) not in _UNBOUNDED and not _fits(node.constants.get(index)):
+        if (
+            dtype == "int64"
+            and (node.op_type, index) not in _UNBOUNDED
+            and not _fits(node.constants.get(index))
+        ):
             return f"OpenVINO computes int64 as int32, and the constant {node.inputs[index]!r} exceeds it"
     for type_ in node.output_types:
         dtype = type_.dtype if isinstance(type_, TensorType) else None
@@ -152,7 +176,11 @@ def _degrades(node: Node, dtype: str) -> str:
 
 
 def _fits(constant: Any) -> bool:
-    return constant is None or not constant.size or (constant.min() >= _INT32.min and constant.max() <= _INT32.max)
+    return (
+        constant is None
+        or not constant.size
+        or (constant.min() >= _INT32.min and constant.max() <= _INT32.max)
+    )
 
 
 def _cast_problem(node: Node) -> str | None:
@@ -160,9 +188,13 @@ def _cast_problem(node: Node) -> str | None:
     if target == source:
         return None
     if target == "int64" and source in ("float32", "bfloat16"):
-        return f"OpenVINO casts {source} to int32 where int64 is asked for, so that large values come out wrong"
+        return (
+            f"OpenVINO casts {source} to int32 where int64 is asked for, so that large values come out wrong"
+        )
     if target == "bool" and source != "bool":
-        return f"OpenVINO casts {source} to bool by way of float32, where NaN and large integers come out False"
+        return (
+            f"OpenVINO casts {source} to bool by way of float32, where NaN and large integers come out False"
+        )
     if target in ("int16", "uint16") and source in _WIDE | _NARROW:
         return f"OpenVINO keeps {target} in 32 bits, so that a cast from {source} does not wrap around"
     if source == "int64" and not _fits(node.constants.get(0)):
@@ -206,5 +238,7 @@ _TABLE: dict[str, tuple[_Deviation, ...]] = {
     "Pad": (
         _Deviation(_pads_with_wide_value, "OpenVINO passes the value that Pad fills with through float32"),
     ),
-    "ConstantOfShape": (_Deviation(_wide_fill, "OpenVINO computes int64 as int32, and the value exceeds it"),),
+    "ConstantOfShape": (
+        _Deviation(_wide_fill, "OpenVINO computes int64 as int32, and the value exceeds it"),
+    ),
 }

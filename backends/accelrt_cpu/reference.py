@@ -26,7 +26,7 @@ from accelrt.backend import (
 )
 from accelrt.errors import AccelrtError, CompileError, IncompatibleProgram
 from accelrt.graph.node import Node
-from accelrt.graph.types import TensorType, Value
+from accelrt.graph.types import TensorType, Value, bits_of
 
 if TYPE_CHECKING:
     import onnx
@@ -182,8 +182,8 @@ def _missing(domain: str, op_type: str, opset: int) -> str | None:
         found = _look_up(domain, op_type, opset)
     except op_run.RuntimeContextError:
         return None  # a function of its input types: the evaluator writes the body once it knows them
-    except Exception as error:  # noqa: BLE001 - the registries raise several unrelated classes
-        if "No default implementation" not in str(error) and domain == "" and not defs.has(op_type):
+    except Exception:  # noqa: BLE001 - the registries raise several unrelated classes
+        if not domain and not defs.has(op_type):
             return f"{name} is no operator of ONNX"
         return f"ONNX's reference evaluator has no implementation of {name} for opset {opset}"
     if isinstance(found, type):
@@ -275,6 +275,7 @@ def _link(source: Path, target: Path) -> None:
 def _evaluator(path: Path) -> Any:
     """Build an evaluator whose weights stay in their file: pages are read when they are first used."""
     import onnx
+    from onnx import numpy_helper
     from onnx.reference import ReferenceEvaluator
 
     from accelrt_cpu.reference_ops import REPLACEMENTS
@@ -296,28 +297,23 @@ def _evaluator(path: Path) -> Any:
         if entries["location"] != _WEIGHTS:
             raise ValueError(f"a weight lies in {entries['location']!r}, not in {_WEIGHTS}")
         if not initializer:  # the evaluator looks up initializers only
-            tensor.raw_data = _read(entries, weights)
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
+            tensor.CopyFrom(numpy_helper.from_array(_map(tensor, weights), tensor.name))
     return Evaluator(model)
-
-
-def _read(entries: Mapping[str, str], weights: Path) -> bytes:
-    with weights.open("rb") as file:
-        file.seek(int(entries["offset"]))
-        return file.read(int(entries["length"]))
 
 
 def _map(tensor: onnx.TensorProto, weights: Path) -> np.ndarray[Any, Any]:
     import onnx
     from onnx import helper, numpy_helper
 
-    entries = {entry.key: entry.value for entry in tensor.external_data}
+    offset = next((int(entry.value) for entry in tensor.external_data if entry.key == "offset"), 0)
     dtype, shape = helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
     count = int(np.prod(shape, dtype=np.int64))
     if count == 0:
         return np.empty(shape, dtype)
-    if int(entries["length"]) == count * dtype.itemsize:
-        return np.memmap(weights, dtype, "r", int(entries["offset"]), shape).view(np.ndarray)
-    packed = onnx.TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=_read(entries, weights))
+    bits = bits_of(dtype.name)
+    if bits == dtype.itemsize * 8:
+        return np.memmap(weights, dtype, "r", offset, shape).view(np.ndarray)
+    # Less than a byte each: packed in the file, unpacked in memory.
+    raw = np.memmap(weights, np.uint8, "r", offset, (count * bits + 7) // 8).tobytes()
+    packed = onnx.TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=raw)
     return numpy_helper.to_array(packed)

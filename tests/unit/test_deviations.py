@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from accelrt_cpu.deviations import _TABLE, deviation
-from accelrt_cpu.reference import ReferenceEngine
 from onnx import TensorProto, helper
 
 from accelrt.backend import CompileJob, NoOptions
 from accelrt.graph.load import load_graph
 from accelrt.graph.weights import WeightFile
+from accelrt_cpu.deviations import _TABLE, deviation
+from accelrt_cpu.reference import ReferenceEngine
 
 Array = np.ndarray[Any, Any]
 

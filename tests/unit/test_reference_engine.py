@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from accelrt_cpu.reference import ReferenceEngine
-from accelrt_cpu.reference_ops import REPLACEMENTS
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from accelrt.backend import CompileJob, NoOptions, Program, Verdict
 from accelrt.errors import CompileError, IncompatibleProgram
 from accelrt.graph.load import load_graph
 from accelrt.graph.weights import WeightFile
+from accelrt_cpu.reference import ReferenceEngine
+from accelrt_cpu.reference_ops import REPLACEMENTS
 
 Array = np.ndarray[Any, Any]
 ENGINE = ReferenceEngine()
@@ -155,10 +155,12 @@ def _looped(weight: Array) -> onnx.ModelProto:
         [
             helper.make_tensor_value_info("i", TensorProto.INT64, []),
             helper.make_tensor_value_info("c", TensorProto.BOOL, []),
-        ]
-        + [helper.make_tensor_value_info("s", f, ["n", 64])],
-        [helper.make_tensor_value_info("d", TensorProto.BOOL, [])]
-        + [helper.make_tensor_value_info(name, f, ["n", 64]) for name in ("r", "o")],
+            helper.make_tensor_value_info("s", f, ["n", 64]),
+        ],
+        [
+            helper.make_tensor_value_info("d", TensorProto.BOOL, []),
+            *(helper.make_tensor_value_info(name, f, ["n", 64]) for name in ("r", "o")),
+        ],
     )
     graph = helper.make_graph(
         [helper.make_node("Loop", ["times", "", "x"], ["y", "all"], body=body)],

@@ -40,6 +40,8 @@ def load_graph(source: Path | bytes | onnx.ModelProto | ir.Model) -> Graph:
     weights.update(_lift_constants(proto.graph))
     _free_initializer_outputs(proto.graph, weights)
     _drop_initializer_inputs(proto.graph)
+    # Before version 4 an initialiser had to be an input as well, and onnx's inference still insists.
+    proto.ir_version = max(proto.ir_version, 4)
     _sort(proto.graph)
     _drop_unused(proto.graph)
     kept = {tensor.name for tensor in proto.graph.initializer}

@@ -66,6 +66,8 @@ class Graph:
         for tensor in self.proto.graph.initializer:
             if (dtype := dtype_name(tensor.data_type)) is not None:
                 types[tensor.name] = TensorType(dtype, tuple(tensor.dims))
+        for node in self.proto.graph.node:
+            _spread_dtypes(node, self.opsets, types)
         return types
 
     @cached_property
@@ -241,6 +243,28 @@ def since_version(domain: str, op_type: str, opset: int) -> int:
         return int(onnx.defs.get_schema(op_type, opset, domain).since_version)
     except onnx.defs.SchemaError:
         return opset
+
+
+def _spread_dtypes(node: onnx.NodeProto, opsets: Mapping[str, int], types: dict[str, ValueType]) -> None:
+    """Give outputs that inference left without a type that of the input they share a type variable with.
+
+    onnx gives up on a node whose shapes it cannot follow; which engine may run it hangs on the data type alone.
+    """
+    if all(name in types for name in node.output if name):
+        return
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opsets.get(_domain(node.domain), 1), _domain(node.domain))
+    except onnx.defs.SchemaError:
+        return
+    bound: dict[str, str] = {}
+    for parameters, names, produced in ((schema.inputs, node.input, False), (schema.outputs, node.output, True)):
+        for index, name in enumerate(names):
+            variable = parameters[min(index, len(parameters) - 1)].type_str if parameters else ""
+            type_ = types.get(name)
+            if isinstance(type_, TensorType):
+                bound.setdefault(variable, type_.dtype)
+            elif produced and name and name not in types and variable in bound:
+                types[name] = TensorType(bound[variable])
 
 
 class _View:

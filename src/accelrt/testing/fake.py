@@ -1,0 +1,176 @@
+"""FakeBackend: a stand-in for an accelerator that really computes, refuses what it is told to, and fails on demand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, TypeAlias
+
+import numpy as np
+
+from accelrt.backend import (
+    SUPPORTED,
+    Backend,
+    Caps,
+    CompileJob,
+    Device,
+    Engine,
+    Executable,
+
+    Precision,
+    Program,
+    Status,
+    Verdict,
+)
+from accelrt.errors import CompileError, DeviceLost, OutOfDeviceMemory
+from accelrt.graph.node import Node
+from accelrt.graph.types import Value
+from accelrt.registry import CPU, REGISTRY, find_engine
+
+Operators: TypeAlias = Collection[str] | Callable[[Node], bool] | None
+"""Operator types that are supported, a predicate on nodes, or None for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class FakeConfig:
+    """How a fake accelerator behaves.
+
+    Attributes:
+        operators: What it supports.
+        latency_s: Seconds that each run takes on top of computing.
+        bytes_per_s: Speed of the link over which inputs and outputs travel; None for no delay.
+        fails_to_compile: Whether a segment of these nodes fails to compile.
+        fails_to_run: Whether the call of this number, counted from 0 per executable, fails.
+        lost_after: Calls after which the device is lost; None for never.
+        devices: How many there are.
+        memory_bytes: Memory of each; a program whose files are larger does not fit. None for no limit.
+        concurrent: Whether an executable may be called from several threads at once.
+        unusable: Why the engine is not usable; None if it is.
+        version: Part of the fingerprint.
+    """
+
+    operators: Operators = None
+    latency_s: float = 0.0
+    bytes_per_s: float | None = None
+    fails_to_compile: Callable[[Sequence[Node]], bool] | None = None
+    fails_to_run: Callable[[int], bool] | None = None
+    lost_after: int | None = None
+    devices: int = 1
+    memory_bytes: int | None = None
+    concurrent: bool = True
+    unusable: str | None = None
+    version: str = "1"
+
+
+class FakeEngine(Engine):
+    """The only engine of a fake backend. It computes with the CPU's engines, and says so: it is a stand-in."""
+
+    name: ClassVar[str] = "fake"
+    requires: ClassVar[str] = "part of accelrt.testing"
+
+    def __init__(self, config: FakeConfig) -> None:
+        self.config = config
+        self.caps = Caps(concurrent=config.concurrent, parallelism=max(1, config.devices))  # type: ignore[misc]
+
+    def status(self) -> Status:
+        if self.config.unusable is not None:
+            return Status(False, reason=self.config.unusable, remedy="pip install the-missing-sdk")
+        return Status(True, version=f"{self.config.version} (stand-in)")
+
+    def fingerprint(self) -> Mapping[str, str]:
+        return {"fake": self.config.version}
+
+    def supports(self, node: Node, precision: Precision) -> Verdict:
+        operators = self.config.operators
+        chosen = operators is None or (operators(node) if callable(operators) else node.op_type in operators)
+        if not chosen:
+            return Verdict.refuse(f"{node.op_type} is not among the operators of this stand-in")
+        for body in node.bodies:
+            for inner in body:
+                if not (verdict := self.supports(inner, precision)).supported:
+                    return Verdict.refuse(f"its body holds {inner.name!r}: {verdict.reason}")
+        return SUPPORTED
+
+    def compile(self, job: CompileJob, out: Path) -> Program:
+        from accelrt.graph.load import load_graph
+
+        nodes = load_graph(job.model).nodes
+        if self.config.fails_to_compile is not None and self.config.fails_to_compile(nodes):
+            raise CompileError("The stand-in was told to fail on this segment.", backend="fake")
+        cpu = REGISTRY.backend(CPU)
+        for name in cpu.fallback:
+            engine = find_engine(cpu, name)
+            if all(verdict.supported for verdict in engine.supports_all(nodes, job.precision)):
+                program = engine.compile(replace(job, options=engine.options()), out)
+                (out / "fake.json").write_text(json.dumps({"computes_on": name}))
+                files = {**program.files, "fake.json": out / "fake.json"}
+                return Program(files, self.fingerprint(), job.signature, job.options)
+        raise CompileError("No engine of the CPU computes this whole segment for the stand-in.", backend="fake")
+
+    def load(self, program: Program, devices: Sequence[Device]) -> Executable:
+        size = sum(path.stat().st_size for path in program.files.values())
+        if self.config.memory_bytes is not None and size > self.config.memory_bytes:
+            raise OutOfDeviceMemory(
+                f"The program has {size} bytes, {devices[0].name} {self.config.memory_bytes}.", backend="fake"
+            )
+        cpu = REGISTRY.backend(CPU)
+        engine = find_engine(cpu, json.loads(program.files["fake.json"].read_text())["computes_on"])
+        files = {name: path for name, path in program.files.items() if name != "fake.json"}
+        inner = engine.load(Program(files, {}, program.signature, engine.options()), cpu.devices())
+        return _FakeExecutable(inner, self.config)
+
+
+class _FakeExecutable(Executable):
+    def __init__(self, inner: Executable, config: FakeConfig) -> None:
+        self._inner, self._config = inner, config
+        self._calls = itertools.count()
+
+    def run(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
+        number, config = next(self._calls), self._config
+        if config.lost_after is not None and number >= config.lost_after:
+            raise DeviceLost("The stand-in's device is gone, as it was told.", backend="fake")
+        if config.fails_to_run is not None and config.fails_to_run(number):
+            raise RuntimeError("the stand-in was told to fail on this call")
+        outputs = self._inner.run(inputs)
+        delay = config.latency_s
+        if config.bytes_per_s is not None:
+            delay += (_bytes(inputs.values()) + _bytes(outputs.values())) / config.bytes_per_s
+        if delay:
+            time.sleep(delay)
+        return outputs
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def _bytes(values: Collection[Value]) -> int:
+    total = 0
+    for value in values:
+        total += _bytes(value) if isinstance(value, list) else np.asarray(value).nbytes if value is not None else 0
+    return total
+
+
+class FakeBackend(Backend):
+    """A backend of one fake engine. Derive one with `configured` and hand it to `accelrt.register`."""
+
+    name: ClassVar[str] = "fake"
+    config: ClassVar[FakeConfig] = FakeConfig()
+
+    def __init__(self) -> None:
+        self.engines: tuple[Engine, ...] = (FakeEngine(self.config),)
+
+    def devices(self) -> Sequence[Device]:
+        memory = self.config.memory_bytes
+        return tuple(Device(self.name, index, "stand-in", memory) for index in range(self.config.devices))
+
+    @classmethod
+    def configured(cls, name: str = "fake", **behaviour: object) -> type[FakeBackend]:
+        """Return a class of this name that behaves as `FakeConfig` is told; unknown words are a TypeError."""
+        config = FakeConfig(**behaviour)  # type: ignore[arg-type]
+        return type(f"Fake_{name}", (cls,), {"name": name, "config": config})
+
+
