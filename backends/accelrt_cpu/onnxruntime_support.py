@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx
@@ -35,9 +35,10 @@ class Knowledge:
                 self._kernels[kernel.domain, kernel.op_name].append(kernel)
         self._opsets: dict[str, int] = {}
         for schema in state.get_all_operator_schema():
-            domain = "" if schema.domain == "ai.onnx" else schema.domain
-            self._opsets[domain] = max(self._opsets.get(domain, 0), schema.since_version)
-        self._ir_version = self._newest_ir_version()
+            self._opsets[schema.domain] = max(self._opsets.get(schema.domain, 0), schema.since_version)
+        # Schemas of an opset that is still being drafted are listed as well, but models of it are refused.
+        self._opsets[""] = self._newest(lambda version: _identity_model(version, 8), self._opsets[""])
+        self._ir_version = self._newest(lambda version: _identity_model(13, version), onnx.IR_VERSION)
         self._verdicts: dict[tuple[object, ...], Verdict] = {}
 
     def lower(self, proto: onnx.ModelProto) -> str | None:
@@ -46,6 +47,9 @@ class Knowledge:
 
     def verdict(self, node: Node) -> Verdict:
         """Tell whether onnxruntime runs a node, and rightly."""
+        # Deviations may depend on sizes, which the signature leaves out; asking takes a microsecond.
+        if (reason := self._deviation(node)) is not None:
+            return Verdict.refuse(reason)
         key = node.signature
         if (known := self._verdicts.get(key)) is None:
             reason = self._refusal(node)
@@ -55,15 +59,22 @@ class Knowledge:
     def _refusal(self, node: Node) -> str | None:
         if node.domain in self._opsets and node.version > self._opsets[node.domain]:
             return f"{node.kind} is newer than opset {self._opsets[node.domain]}, the newest that onnxruntime knows"
-        if (reason := deviation(node)) is not None:
-            return reason
         if (reason := self._missing_kernel(node)) is not None:
             return reason
         for body in node.bodies:
             for inner in body:
                 if not (verdict := self.verdict(inner)).supported:
-                    return f"its body holds {inner.name!r} ({inner.kind}): {verdict.reason}"
+                    return _in_body(inner, verdict.reason)
         return self._trial(node)
+
+    def _deviation(self, node: Node) -> str | None:
+        if (reason := deviation(node)) is not None:
+            return reason
+        for body in node.bodies:
+            for inner in body:
+                if (reason := self._deviation(inner)) is not None:
+                    return _in_body(inner, reason)
+        return None
 
     def _missing_kernel(self, node: Node) -> str | None:
         kernels = self._kernels.get((node.domain, node.op_type), [])
@@ -97,21 +108,27 @@ class Knowledge:
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def _newest_ir_version(self) -> int:
-        """Find the newest IR version by trying: onnxruntime does not tell."""
-        node = onnx.helper.make_node("Identity", ["x"], ["y"])
-        ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
-        model = onnx.helper.make_model(onnx.helper.make_graph([node], "trial", ports[:1], ports[1:]))
-        del model.opset_import[:]
-        model.opset_import.add(domain="", version=13)
-        for version in range(onnx.IR_VERSION, 8, -1):
-            model.ir_version = version
+    def _newest(self, model_of: Callable[[int], onnx.ModelProto], limit: int) -> int:
+        """Find the newest version that a session takes, by trying downwards: onnxruntime does not tell."""
+        for version in range(limit, 7, -1):
             try:
-                self._session(model)
+                self._session(model_of(version))
             except Exception:  # noqa: BLE001, S112 - an unknown version is what is being looked for
                 continue
             return version
-        return 8
+        return 7
+
+
+def _identity_model(opset: int, ir_version: int) -> onnx.ModelProto:
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([node], "trial", ports[:1], ports[1:])
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    return onnx.helper.make_model(graph, ir_version=ir_version, opset_imports=opsets)
+
+
+def _in_body(node: Node, reason: str) -> str:
+    return f"its body holds {node.name!r} ({node.kind}): {reason}"
 
 
 def _version_fits(version_range: tuple[int, int], since: int) -> bool:

@@ -137,7 +137,7 @@ class OpenVinoEngine(Engine):
             raise OutOfDeviceMemory(f"openvino: {error}", backend=self.name) from error
         except Exception as error:
             raise IncompatibleProgram(f"openvino: {_short(error)}", backend=self.name) from error
-        return _Resident(compiled, program.signature)
+        return _Resident(compiled, blob, program.signature)
 
 
 def _key(node: Node) -> tuple[object, ...]:
@@ -211,7 +211,7 @@ def _core() -> Any:
 
 
 def _mapped(path: Path) -> Any:
-    """Return a file as a tensor over its pages, so that the plug-in copies weights once."""
+    """Return a file as a tensor over its pages, in which a program then leaves its weights."""
     import openvino
 
     # Copy-on-write, because OpenVINO shares only what numpy may write to.
@@ -231,38 +231,33 @@ def probe() -> dict[str, str]:
 
 def try_out(models: Sequence[str]) -> list[str | None]:
     """Return for each model, as base64, why OpenVINO cannot compile it, None where it can."""
-    return [_trial(base64.b64decode(text)) for text in models]
+    with tempfile.TemporaryDirectory() as folder:
+        return [_trial(base64.b64decode(text), Path(folder)) for text in models]
 
 
-def _trial(data: bytes) -> str | None:
+def _trial(data: bytes, folder: Path) -> str | None:
     import onnx
 
     from accelrt.graph.convert import from_type_proto
 
     proto = onnx.ModelProto.FromString(data)
+    ports = (
+        tuple(Port(v.name, type_) for v in values if (type_ := from_type_proto(v.type)) is not None)
+        for values in (proto.graph.input, proto.graph.output)
+    )
+    signature = Signature(*ports)
     if (problem := _lower(proto)) is not None:
         return problem
     try:
-        model = _core().read_model(proto.SerializeToString())
+        model = _read(proto, folder, signature)
     except Exception as error:  # noqa: BLE001 - the text of whatever it raises is the reason
         return f"refused on conversion: {_short(error)}"
+    properties = _properties(OpenVinoOptions(threads=1))
     try:
-        taken = _core().query_model(model, _DEVICE, _properties(OpenVinoOptions()))
-        missing = sorted(
-            {op.get_type_name() for op in model.get_ops() if op.get_friendly_name() not in taken}
-        )
-        if missing:
-            return f"no CPU kernel for {', '.join(missing)}"
-        compiled = _core().compile_model(model, _DEVICE, _properties(OpenVinoOptions(threads=1)))
+        # `query_model` would name what lacks a kernel, but 2026.4 also names an Unsqueeze that does compile.
+        return _mismatch(_core().compile_model(model, _DEVICE, properties), signature)
     except Exception as error:  # noqa: BLE001
         return f"refused on trial: {_short(error)}"
-    ports = (
-        tuple(
-            Port(value.name, type_) for value in values if (type_ := from_type_proto(value.type)) is not None
-        )
-        for values in (proto.graph.input, proto.graph.output)
-    )
-    return _mismatch(compiled, Signature(*ports))
 
 
 def build(model: str, blob: str, signature: Mapping[str, Any], properties: Mapping[str, str]) -> None:
@@ -273,15 +268,15 @@ def build(model: str, blob: str, signature: Mapping[str, Any], properties: Mappi
     """
     import onnx
 
-    path = Path(model)
-    proto = onnx.load(path, load_external_data=False)
-    if problem := _lower(proto) or _wide_weight(proto, path.parent):
+    folder, ports = Path(model).parent, Signature.from_json(signature)
+    proto = onnx.load(model, load_external_data=False)
+    if problem := _lower(proto) or _wide_weight(proto, folder):
         raise CompileError(f"OpenVINO cannot take the segment: {problem}.", backend=OpenVinoEngine.name)
     try:
-        compiled = _core().compile_model(_read(proto, path), _DEVICE, dict(properties))
+        compiled = _core().compile_model(_read(proto, folder, ports), _DEVICE, dict(properties))
     except Exception as error:
         raise CompileError(f"OpenVINO: {_short(error)}", backend=OpenVinoEngine.name) from error
-    if problem := _mismatch(compiled, Signature.from_json(signature)):
+    if problem := _mismatch(compiled, ports):
         raise CompileError(f"OpenVINO changed the segment: {problem}.", backend=OpenVinoEngine.name)
     Path(blob).write_bytes(compiled.export_model().getbuffer())
 
@@ -292,12 +287,25 @@ def _lower(proto: Any) -> str | None:
     return lower_versions(proto, {"": _OPSET}, _IR_VERSION)
 
 
-def _read(proto: Any, path: Path) -> Any:
-    """Read a model from a file beside its weights: OpenVINO looks for external data nowhere else."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
+def _read(proto: Any, folder: Path, signature: Signature) -> Any:
+    """Read a model by way of a file in ``folder``, where its weights are, and name its ports as ONNX does.
+
+    Trials take the same way: from memory, OpenVINO converts with another frontend. Where an output is but an input,
+    it keeps one of the two names, so inputs go by the friendly name, which compilation leaves alone.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".onnx") as file:
         file.write(proto.SerializeToString())
         file.flush()
-        return _core().read_model(file.name)
+        model = _core().read_model(file.name)
+    parameters = model.get_parameters()
+    if len(parameters) == len(
+        signature.inputs
+    ):  # else some are of no use, and the rest have kept their names
+        for parameter, name in zip(parameters, signature.input_names, strict=True):
+            parameter.set_friendly_name(name)
+    for port, name in zip(model.outputs, signature.output_names, strict=True):
+        port.add_names({name})
+    return model
 
 
 def _wide_weight(proto: Any, folder: Path) -> str | None:
@@ -316,19 +324,22 @@ def _wide_weight(proto: Any, folder: Path) -> str | None:
 
 def _mismatch(compiled: Any, signature: Signature) -> str | None:
     """Return how inputs or outputs differ from what was asked for, None if they do not."""
-    for ports, expected in ((compiled.inputs, signature.inputs), (compiled.outputs, signature.outputs)):
-        by_name = {name: port for port in ports for name in port.get_names()}
-        for port in expected:
-            found = by_name.get(port.name)
-            if found is None:
-                return f"{port.name!r} is missing"
-            if not isinstance(port.type, TensorType):
-                return f"{port.name!r} is a {port.type}"
-            if found.get_element_type().get_type_name() != _TYPE_NAMES[port.type.dtype]:
-                return f"{port.name!r} is {found.get_element_type().get_type_name()}, not {port.type.dtype}"
-            rank = found.get_partial_shape().rank
-            if rank.is_static and port.type.shape is not None and rank.get_length() != len(port.type.shape):
-                return f"{port.name!r} has {rank.get_length()} dimensions, not {len(port.type.shape)}"
+    inputs, outputs = _places(compiled, signature)
+    if len(inputs) != len(compiled.inputs):
+        return "its inputs have lost their names"
+    if len(outputs) != len(signature.outputs):
+        return "its outputs have lost their names"
+    for found, port in (
+        *((compiled.inputs[index], port) for index, port in inputs),
+        *((compiled.outputs[index], port) for index, port in outputs),
+    ):
+        if not isinstance(port.type, TensorType):
+            return f"{port.name!r} is a {port.type}"
+        if (name := found.get_element_type().get_type_name()) != _TYPE_NAMES[port.type.dtype]:
+            return f"{port.name!r} is {name}, not {port.type.dtype}"
+        rank = found.get_partial_shape().rank
+        if rank.is_static and port.type.shape is not None and rank.get_length() != len(port.type.shape):
+            return f"{port.name!r} has {rank.get_length()} dimensions, not {len(port.type.shape)}"
     return None
 
 
@@ -344,18 +355,18 @@ _TYPE_NAMES = {
 class _Resident(Executable):
     """A compiled model and the requests that run it: one for each call at a time, kept for the next."""
 
-    def __init__(self, compiled: Any, signature: Signature) -> None:
+    def __init__(self, compiled: Any, blob: Any, signature: Signature) -> None:
         import openvino
 
         self._compiled = compiled
+        self._blob = blob  # the program reads weights from it but does not keep it
         self._tensor = openvino.Tensor
         self._bf16 = openvino.Type.bf16
-        self._inputs = [
-            (_index(compiled.inputs, port.name), port.name, _dtype(port)) for port in signature.inputs
-        ]
-        self._outputs = [
-            (_index(compiled.outputs, port.name), port.name, _dtype(port)) for port in signature.outputs
-        ]
+        inputs, outputs = _places(compiled, signature)
+        if len(outputs) != len(signature.outputs):
+            raise IncompatibleProgram("The program has not the outputs it is to have.", backend="openvino")
+        self._inputs = [(index, port.name, _dtype(port)) for index, port in inputs]
+        self._outputs = [(index, port.name, _dtype(port)) for index, port in outputs]
         self._idle: deque[Any] = deque()  # append and pop are atomic
 
     def run(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
@@ -386,14 +397,17 @@ class _Resident(Executable):
 
     def close(self) -> None:
         self._idle.clear()
-        self._compiled = None
+        self._compiled = self._blob = None
 
 
-def _index(ports: Sequence[Any], name: str) -> int:
-    for index, port in enumerate(ports):
-        if name in port.get_names():
-            return index
-    raise IncompatibleProgram(f"The program has no {name!r}.", backend=OpenVinoEngine.name)
+def _places(compiled: Any, signature: Signature) -> tuple[list[tuple[int, Port]], list[tuple[int, Port]]]:
+    """Return where a program has the ports of a signature; inputs on which nothing depends have no place."""
+    parameters = {port.get_node().get_friendly_name(): index for index, port in enumerate(compiled.inputs)}
+    results = {name: index for index, port in enumerate(compiled.outputs) for name in port.get_names()}
+    return (
+        [(parameters[port.name], port) for port in signature.inputs if port.name in parameters],
+        [(results[port.name], port) for port in signature.outputs if port.name in results],
+    )
 
 
 def _dtype(port: Port) -> str:

@@ -230,15 +230,123 @@ def _wide_fill(node: Node) -> bool:
     return not _fits(node.attributes.get("value")) and node.output_dtype(0) == "int64"
 
 
+def _present(node: Node, index: int) -> bool:
+    return index < len(node.inputs) and bool(node.inputs[index])
+
+
+def _attention_beyond_plain(node: Node) -> bool:
+    windowed = "left_window_size" in node.attributes or "right_window_size" in node.attributes
+    continued = bool(node.attributes.get("is_causal", 0)) and _present(node, 4)
+    return windowed or continued or _present(node, 6) or node.input_dtype(0) == "bfloat16"
+
+
+def _batchwise(node: Node) -> bool:
+    return bool(node.attributes.get("layout", 0) == 1)
+
+
+def _peeps(node: Node) -> bool:
+    return _present(node, 7)
+
+
+def _ceil_starts_in_padding(node: Node) -> bool:
+    """Whether the last window of a pooling that rounds up may start in the padding, where ONNX drops it."""
+    if not node.attributes.get("ceil_mode", 0):
+        return False
+    kernel = node.attributes["kernel_shape"]
+    strides = node.attributes.get("strides", (1,) * len(kernel))
+    pads = node.attributes.get("pads", (0,) * 2 * len(kernel))[len(kernel) :]
+    dilations = node.attributes.get("dilations", (1,) * len(kernel))
+    sizes = zip(kernel, strides, pads, dilations, strict=True)
+    return any(pad + stride > (k - 1) * dilation + 1 for k, stride, pad, dilation in sizes)
+
+
+def _half(node: Node) -> bool:
+    return node.input_dtype(0) in ("bfloat16", "float16")
+
+
+def _empty(node: Node) -> bool:
+    type_ = node.input_types[0]
+    return isinstance(type_, TensorType) and 0 in (type_.shape or ())
+
+
+def _resizes_otherwise(node: Node) -> bool:
+    mode = node.attributes.get("coordinate_transformation_mode", "half_pixel")
+    return (
+        bool(node.attributes.get("antialias", 0) or node.attributes.get("exclude_outside", 0))
+        or node.attributes.get("keep_aspect_ratio_policy", "stretch") != "stretch"
+        or (mode == "align_corners" and _present(node, 2) and not _present(node, 3))
+    )
+
+
+def _column_first(node: Node) -> bool:
+    return bool(node.attributes.get("mode", "DCR") != "DCR")
+
+
+def _repeats_unknown(node: Node) -> bool:
+    return 1 not in node.constants
+
+
+def _trains(node: Node) -> bool:
+    return _present(node, 2) and (2 not in node.constants or bool(np.any(node.constants[2])))
+
+
 _SCATTER = (_Deviation(_reduces, "OpenVINO computes reductions of integers without wrapping around"),)
+_POOL = (_Deviation(_ceil_starts_in_padding, "OpenVINO keeps pooling windows that start in the padding"),)
+_RECURRENT = (_Deviation(_batchwise, "OpenVINO computes batch-first recurrent layers (layout=1) wrongly"),)
+_RANDOM = (_Deviation(_always, "OpenVINO draws from a generator of its own, which does not heed the seed"),)
+_FOURIER = (_Deviation(_always, "OpenVINO's Fourier transforms are off by 6e-5 of the largest value"),)
+_EXTREME = (_Deviation(_empty, "OpenVINO gives the lowest float instead of an infinity for an empty set"),)
 
 _TABLE: dict[str, tuple[_Deviation, ...]] = {
-    "ScatterElements": _SCATTER,
-    "ScatterND": _SCATTER,
+    "Attention": (
+        _Deviation(
+            _attention_beyond_plain,
+            "OpenVINO computes Attention wrongly with windows, padded or continued keys, and in bfloat16",
+        ),
+    ),
+    "AveragePool": _POOL,
+    "Bernoulli": _RANDOM,
+    "ConstantOfShape": (
+        _Deviation(_wide_fill, "OpenVINO computes int64 as int32, and the value exceeds it"),
+    ),
+    "DFT": _FOURIER,
+    "Dropout": (_Deviation(_trains, "OpenVINO has no Dropout for training"),),
+    "DynamicQuantizeLinear": (_Deviation(_always, "OpenVINO rounds DynamicQuantizeLinear off by one"),),
+    "GRU": _RECURRENT,
+    "LSTM": (*_RECURRENT, _Deviation(_peeps, "OpenVINO leaves out the peepholes of LSTM")),
+    "LpPool": _POOL,
+    "MaxPool": _POOL,
+    "Multinomial": _RANDOM,
+    "NonMaxSuppression": (
+        _Deviation(_always, "OpenVINO drops boxes whose overlap equals the threshold, which ONNX keeps"),
+    ),
     "Pad": (
         _Deviation(_pads_with_wide_value, "OpenVINO passes the value that Pad fills with through float32"),
     ),
-    "ConstantOfShape": (
-        _Deviation(_wide_fill, "OpenVINO computes int64 as int32, and the value exceeds it"),
+    "RNN": _RECURRENT,
+    "RandomNormal": _RANDOM,
+    "RandomNormalLike": _RANDOM,
+    "RandomUniform": _RANDOM,
+    "RandomUniformLike": _RANDOM,
+    "Range": (_Deviation(_half, "OpenVINO counts the steps of a half-precision Range wrongly"),),
+    "ReduceMax": _EXTREME,
+    "ReduceMin": _EXTREME,
+    "Resize": (
+        _Deviation(
+            _resizes_otherwise,
+            "OpenVINO resizes otherwise with antialias, exclude_outside, a kept aspect ratio, and with scales "
+            "that align corners",
+        ),
+    ),
+    "RotaryEmbedding": (_Deviation(_always, "OpenVINO computes RotaryEmbedding wrongly"),),
+    "STFT": _FOURIER,
+    "ScatterElements": _SCATTER,
+    "ScatterND": _SCATTER,
+    "SpaceToDepth": (_Deviation(_column_first, "OpenVINO knows SpaceToDepth without its mode CRD"),),
+    "Tile": (
+        _Deviation(
+            _repeats_unknown,
+            "OpenVINO reads beyond the end of what Tile repeats if the repeats are computed at run time",
+        ),
     ),
 }

@@ -43,8 +43,8 @@ class FakeConfig:
         operators: What it supports.
         latency_s: Seconds that each run takes on top of computing.
         bytes_per_s: Speed of the link over which inputs and outputs travel; None for no delay.
-        fails_to_compile: Whether a segment of these nodes fails to compile.
-        fails_to_run: Whether the call of this number, counted from 0 per executable, fails.
+        fails_to_compile: Whether a segment of these operator types fails to compile.
+        fails_to_run: Whether a call of a segment of these operator types fails; calls count from 0.
         lost_after: Calls after which the device is lost; None for never.
         devices: How many there are.
         memory_bytes: Memory of each; a program whose files are larger does not fit. None for no limit.
@@ -56,8 +56,8 @@ class FakeConfig:
     operators: Operators = None
     latency_s: float = 0.0
     bytes_per_s: float | None = None
-    fails_to_compile: Callable[[Sequence[Node]], bool] | None = None
-    fails_to_run: Callable[[int], bool] | None = None
+    fails_to_compile: Callable[[tuple[str, ...]], bool] | None = None
+    fails_to_run: Callable[[tuple[str, ...], int], bool] | None = None
     lost_after: int | None = None
     devices: int = 1
     memory_bytes: int | None = None
@@ -99,14 +99,15 @@ class FakeEngine(Engine):
         from accelrt.graph.load import load_graph
 
         nodes = load_graph(job.model).nodes
-        if self.config.fails_to_compile is not None and self.config.fails_to_compile(nodes):
+        kinds = tuple(node.op_type for node in nodes)
+        if self.config.fails_to_compile is not None and self.config.fails_to_compile(kinds):
             raise CompileError("The stand-in was told to fail on this segment.", backend="fake")
         cpu = REGISTRY.backend(CPU)
         for name in cpu.fallback:
             engine = find_engine(cpu, name)
             if all(verdict.supported for verdict in engine.supports_all(nodes, job.precision)):
                 program = engine.compile(replace(job, options=engine.options()), out)
-                (out / "fake.json").write_text(json.dumps({"computes_on": name}))
+                (out / "fake.json").write_text(json.dumps({"computes_on": name, "operators": kinds}))
                 files = {**program.files, "fake.json": out / "fake.json"}
                 return Program(files, self.fingerprint(), job.signature, job.options)
         raise CompileError("No engine of the CPU computes this whole segment for the stand-in.", backend="fake")
@@ -118,22 +119,23 @@ class FakeEngine(Engine):
                 f"The program has {size} bytes, {devices[0].name} {self.config.memory_bytes}.", backend="fake"
             )
         cpu = REGISTRY.backend(CPU)
-        engine = find_engine(cpu, json.loads(program.files["fake.json"].read_text())["computes_on"])
+        facts = json.loads(program.files["fake.json"].read_text())
+        engine = find_engine(cpu, facts["computes_on"])
         files = {name: path for name, path in program.files.items() if name != "fake.json"}
         inner = engine.load(Program(files, {}, program.signature, engine.options()), cpu.devices())
-        return _FakeExecutable(inner, self.config)
+        return _FakeExecutable(inner, self.config, tuple(facts["operators"]))
 
 
 class _FakeExecutable(Executable):
-    def __init__(self, inner: Executable, config: FakeConfig) -> None:
-        self._inner, self._config = inner, config
+    def __init__(self, inner: Executable, config: FakeConfig, operators: tuple[str, ...]) -> None:
+        self._inner, self._config, self._operators = inner, config, operators
         self._calls = itertools.count()
 
     def run(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
         number, config = next(self._calls), self._config
         if config.lost_after is not None and number >= config.lost_after:
             raise DeviceLost("The stand-in's device is gone, as it was told.", backend="fake")
-        if config.fails_to_run is not None and config.fails_to_run(number):
+        if config.fails_to_run is not None and config.fails_to_run(self._operators, number):
             raise RuntimeError("the stand-in was told to fail on this call")
         outputs = self._inner.run(inputs)
         delay = config.latency_s

@@ -1,0 +1,94 @@
+"""ONNX's own backend suite through accelrt: on the CPU, and on stand-ins that refuse and fail.
+
+Slow (about a minute a target), so marked `suite`. Each test prints how many nodes ran where.
+"""
+
+from __future__ import annotations
+
+import logging
+import unittest
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+import pytest
+from onnx.backend.test import BackendTest
+
+import accelrt
+from accelrt.registry import REGISTRY
+from accelrt.testing.fake import FakeBackend
+from accelrt.testing.onnx_backend import AccelrtBackend, backend_for
+from tests.contract.onnx_suite_exceptions import EXCEPTIONS
+
+pytestmark = pytest.mark.suite
+
+OPERATORS = sorted({schema.name for schema in onnx.defs.get_all_schemas_with_history()})
+EVERY_SECOND = frozenset(OPERATORS[::2])
+
+
+def _some(operators: tuple[str, ...]) -> bool:
+    """Pick about a third of all segments, the same ones in every run."""
+    return sum(map(ord, "".join(operators))) % 3 == 0
+
+
+def _some_calls(operators: tuple[str, ...], call: int) -> bool:
+    return _some(operators)
+
+
+TARGETS: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "half": {"operators": EVERY_SECOND},
+    "compile-fails": {"operators": EVERY_SECOND, "fails_to_compile": _some},
+    "run-fails": {"operators": EVERY_SECOND, "fails_to_run": _some_calls},
+}
+
+
+def _cases(backend: type[AccelrtBackend]) -> Iterator[tuple[str, Any]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runner = BackendTest(backend)
+    for items in runner._test_items.values():
+        for name, item in items.items():
+            if name.endswith("_cpu"):
+                yield name.removesuffix("_cpu"), item.func
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_case_passes_and_says_where_it_ran(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    logging.disable(logging.WARNING)
+    if target != "cpu":
+        accelrt.register(FakeBackend.configured(target, **TARGETS[target]))
+    backend = backend_for(target)
+    passed, failed, skipped = 0, {}, []
+    try:
+        for name, run in _cases(backend):
+            try:
+                run(None)
+                passed += 1
+            except unittest.SkipTest as reason:
+                skipped.append(f"{name}: {reason}")
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {error}"
+    finally:
+        logging.disable(logging.NOTSET)
+        REGISTRY.unregister(target)
+    ran: Counter[str] = Counter()
+    for (engine, _), count in backend.nodes.items():
+        ran[engine] += count
+    with capsys.disabled():
+        print(f"\n{target}: {passed} cases passed, {len(failed)} listed exceptions; nodes: {dict(ran)}")
+    assert not skipped
+    unexpected = {name: reason for name, reason in failed.items() if name not in EXCEPTIONS}
+    assert not unexpected, "\n".join(f"{name}: {reason[:300]}" for name, reason in unexpected.items())
+    assert passed >= 2022
+    # Passing must not mean that everything was sent to the reference evaluator.
+    assert ran["cpu/reference"] < 0.1 * sum(ran.values())
+    if target != "cpu":
+        assert ran[f"{target}/fake"] > 1000
+
+
+def test_exceptions_are_cases_of_the_suite() -> None:
+    names = {name for name, _ in _cases(backend_for("cpu"))}
+    assert set(EXCEPTIONS) <= names
