@@ -30,9 +30,7 @@ def main(backend: str | None) -> None:
     compare("BERT-base", BertModel(BertConfig()), text, backend)
 
 
-def compare(
-    name: str, module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], backend: str | None
-) -> None:
+def compare(name: str, module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], backend: str | None) -> None:
     """Compile a module, run it both ways on the same inputs, and print error and latency."""
     module.eval()
     artifact = accelrt.compile(module, example_inputs=inputs, backend=backend)

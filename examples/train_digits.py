@@ -184,9 +184,7 @@ def main(folder: Path = FOLDER) -> None:
     onnx.save(exported, folder / "digits.onnx")
     np.savez_compressed(folder / "digits.npz", images=images, labels=labels.astype(np.uint8))
     (folder / "digits.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    print(
-        f"{correct} of {len(labels)} held-out images right: {correct / len(labels):.2%}; written to {folder}"
-    )
+    print(f"{correct} of {len(labels)} held-out images right: {correct / len(labels):.2%}; written to {folder}")
 
 
 if __name__ == "__main__":

@@ -162,9 +162,7 @@ _TABLE: dict[tuple[str, str], tuple[_Deviation, ...]] = {
             "tensor that was pooled",
         ),
     ),
-    ("ReduceMax", ""): (
-        _Deviation(_empty_bool, "onnxruntime 1.31 refuses ReduceMax over an empty set of booleans"),
-    ),
+    ("ReduceMax", ""): (_Deviation(_empty_bool, "onnxruntime 1.31 refuses ReduceMax over an empty set of booleans"),),
     ("StringNormalizer", ""): (
         _Deviation(
             _needs_locale,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -25,8 +25,19 @@ from accelrt.backend import (
 )
 from accelrt.errors import CompileError, IncompatibleProgram, OptionError, OutOfDeviceMemory
 from accelrt.graph.node import INLINE_BYTES, WEIGHTS_FILE, Node
-from accelrt.graph.types import OptionalType, SequenceType, Signature, TensorType, Value, ValueType, numpy_dtype
+from accelrt.graph.types import (
+    OptionalType,
+    SequenceType,
+    Signature,
+    TensorType,
+    Value,
+    ValueType,
+    numpy_dtype,
+)
 from accelrt_cpu.isa import instruction_set
+
+if TYPE_CHECKING:
+    from accelrt_cpu.onnxruntime_support import Knowledge
 
 _PROVIDERS = ["CPUExecutionProvider"]
 _MODEL = "model.onnx"
@@ -81,7 +92,9 @@ class OnnxRuntimeEngine(Engine):
         if problem := self._knowledge.lower(proto):
             raise CompileError(f"onnxruntime cannot take the segment: {problem}.", backend=self.name)
         if problem := _unreachable(job.signature):
-            raise CompileError(f"onnxruntime's Python binding cannot hand over all values: {problem}.", backend=self.name)
+            raise CompileError(
+                f"onnxruntime's Python binding cannot hand over all values: {problem}.", backend=self.name
+            )
         _widen_borders(proto, job.signature)
         options = self._session_options(job.options)
         options.optimized_model_filepath = str(out / _MODEL)
@@ -89,9 +102,7 @@ class OnnxRuntimeEngine(Engine):
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_min_size_in_bytes", str(INLINE_BYTES)
         )
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(job.model.parent)
-        )
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(job.model.parent))
         try:
             self._ort.InferenceSession(proto.SerializeToString(), options, providers=_PROVIDERS)
         except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen classes that share no base
@@ -115,7 +126,7 @@ class OnnxRuntimeEngine(Engine):
         return importlib.import_module("onnxruntime")
 
     @cached_property
-    def _knowledge(self) -> Any:
+    def _knowledge(self) -> Knowledge:
         from accelrt_cpu.onnxruntime_support import Knowledge
 
         return Knowledge(self._ort)
@@ -195,7 +206,10 @@ def _widen_borders(proto: Any, signature: Signature) -> None:
 
     from accelrt.graph.convert import elem_type
 
-    for ports, values, entering in ((signature.inputs, proto.graph.input, True), (signature.outputs, proto.graph.output, False)):
+    for ports, values, entering in (
+        (signature.inputs, proto.graph.input, True),
+        (signature.outputs, proto.graph.output, False),
+    ):
         for port, value in zip(ports, values, strict=True):
             if not isinstance(port.type, TensorType) or port.type.dtype not in _WIDER:
                 continue

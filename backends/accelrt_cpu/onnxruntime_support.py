@@ -142,7 +142,8 @@ def _is_function(node: Node) -> bool:
         schema = onnx.defs.get_schema(node.op_type, node.opset, node.domain)
     except onnx.defs.SchemaError:
         return False
-    return bool(schema.has_function or schema.has_context_dependent_function)
+    # The stubs of onnx 1.23 leave these two out.
+    return any(getattr(schema, name) for name in ("has_function", "has_context_dependent_function"))
 
 
 def _bound_types(node: Node) -> dict[str, str]:

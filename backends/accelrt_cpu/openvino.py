@@ -80,7 +80,7 @@ class OpenVinoEngine(Engine):
     requires: ClassVar[str] = "pip install accelrt[openvino]"
 
     def __init__(self) -> None:
-        self._verdicts: dict[tuple[object, ...], Verdict] = {}
+        self._trials: dict[tuple[object, ...], str | None] = {}
 
     def status(self) -> Status:
         try:
@@ -91,9 +91,7 @@ class OpenVinoEngine(Engine):
             return Status(False, reason="openvino is not installed", remedy=self.requires)
         facts = _facts()
         if "problem" in facts:
-            return Status(
-                False, reason=f"openvino does not work here: {facts['problem']}", remedy=self.requires
-            )
+            return Status(False, reason=f"openvino does not work here: {facts['problem']}", remedy=self.requires)
         return Status(True, version=facts["version"])
 
     def fingerprint(self) -> Mapping[str, str]:
@@ -106,18 +104,16 @@ class OpenVinoEngine(Engine):
     def supports_all(self, nodes: Sequence[Node], precision: Precision) -> list[Verdict]:
         if precision != "fp32":
             return [Verdict.refuse(f"precision {precision} is not offered by this engine")] * len(nodes)
-        keys = [_key(node) for node in nodes]
-        unknown = {key: node for key, node in zip(keys, nodes, strict=True) if key not in self._verdicts}
-        for key, node in unknown.items():
-            if (reason := deviation(node)) is not None:
-                self._verdicts[key] = Verdict.refuse(reason)
-        tried = [key for key in unknown if key not in self._verdicts]
-        reasons = _try_out([_trial_model(unknown[key]) for key in tried])
-        self._verdicts.update(
-            (key, SUPPORTED if reason is None else Verdict.refuse(reason))
-            for key, reason in zip(tried, reasons, strict=True)
+        # Rules look at sizes, so they are asked each time; trials do not tell sizes apart and are remembered.
+        refusals = [deviation(node) for node in nodes]
+        untold = {_key(node): node for node, reason in zip(nodes, refusals, strict=True) if reason is None}
+        untried = {key: node for key, node in untold.items() if key not in self._trials}
+        answers = _try_out([_trial_model(node) for node in untried.values()])
+        self._trials.update(zip(untried, answers, strict=True))
+        reasons = (
+            self._trials[_key(node)] if reason is None else reason for node, reason in zip(nodes, refusals, strict=True)
         )
-        return [self._verdicts[key] for key in keys]
+        return [SUPPORTED if reason is None else Verdict.refuse(reason) for reason in reasons]
 
     def compile(self, job: CompileJob, out: Path) -> Program:
         isolation.call(
@@ -148,9 +144,7 @@ def _key(node: Node) -> tuple[object, ...]:
         None if shape is None else tuple(min(dim, 2) if isinstance(dim, int) else None for dim in shape)
         for shape in shapes
     )
-    captures = tuple(
-        type_.dtype if isinstance(type_, TensorType) else str(type_) for type_ in node.capture_types
-    )
+    captures = tuple(type_.dtype if isinstance(type_, TensorType) else str(type_) for type_ in node.capture_types)
     return (node.signature, sizes, captures)
 
 
@@ -298,9 +292,7 @@ def _read(proto: Any, folder: Path, signature: Signature) -> Any:
         file.flush()
         model = _core().read_model(file.name)
     parameters = model.get_parameters()
-    if len(parameters) == len(
-        signature.inputs
-    ):  # else some are of no use, and the rest have kept their names
+    if len(parameters) == len(signature.inputs):  # else some are of no use, and the rest have kept their names
         for parameter, name in zip(parameters, signature.input_names, strict=True):
             parameter.set_friendly_name(name)
     for port, name in zip(model.outputs, signature.output_names, strict=True):
@@ -377,9 +369,7 @@ class _Resident(Executable):
         for index, name, dtype in self._inputs:
             request.set_input_tensor(index, self._share(name, inputs[name], dtype))
         request.infer(None)
-        results = {
-            name: _copy(request.get_output_tensor(index), dtype) for index, name, dtype in self._outputs
-        }
+        results = {name: _copy(request.get_output_tensor(index), dtype) for index, name, dtype in self._outputs}
         self._idle.append(request)  # a request that failed is not kept
         return results
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from accelrt.graph.node import Node
-from accelrt.graph.types import TensorType, ValueType
+from accelrt.graph.types import Dim, TensorType, ValueType
 
 _INT32 = np.iinfo(np.int32)
 _EXACT_IN_FLOAT32 = 2**24
@@ -107,13 +107,13 @@ _COMPARES = frozenset(
 )  # fmt: skip
 """Operators that look at integers and never leave their range: right for 8 and 16 bits, which float32 holds."""
 
-_QUANTISES = frozenset(
+_REALS = frozenset(
     {
-        "QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
-        "MatMulInteger", "DynamicQuantizeLinear",
+        "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv",
+        "QLinearMatMul", "QuantizeLinear",
     }
 )  # fmt: skip
-"""Operators whose integers stand for real numbers; the suite tells which of them are right."""
+"""Operators whose integers stand for real numbers: those that go wrong are in the table of operators."""
 
 _SAYS_WHERE: dict[str, tuple[int, ...]] = {
     "AffineGrid": (1,), "Attention": (6,), "CenterCropPad": (1,), "ConstantOfShape": (0,), "CumSum": (1,),
@@ -146,18 +146,14 @@ _NARROW = frozenset({"int8", "int16", "uint8", "uint16"})
 def _integer_problem(node: Node) -> str | None:
     if node.op_type in ("Cast", "CastLike"):
         return _cast_problem(node)
-    if node.op_type in _QUANTISES:
+    if node.op_type in _REALS:
         return None
     for index, type_ in enumerate(node.input_types):
         dtype = type_.dtype if isinstance(type_, TensorType) else None
         says_where = index in _SAYS_WHERE.get(node.op_type, ())
         if dtype in _WIDE | _NARROW and not says_where and not _handles(node, str(dtype)):
             return _degrades(node, str(dtype))
-        if (
-            dtype == "int64"
-            and (node.op_type, index) not in _UNBOUNDED
-            and not _fits(node.constants.get(index))
-        ):
+        if dtype == "int64" and (node.op_type, index) not in _UNBOUNDED and not _fits(node.constants.get(index)):
             return f"OpenVINO computes int64 as int32, and the constant {node.inputs[index]!r} exceeds it"
     for type_ in node.output_types:
         dtype = type_.dtype if isinstance(type_, TensorType) else None
@@ -176,11 +172,7 @@ def _degrades(node: Node, dtype: str) -> str:
 
 
 def _fits(constant: Any) -> bool:
-    return (
-        constant is None
-        or not constant.size
-        or (constant.min() >= _INT32.min and constant.max() <= _INT32.max)
-    )
+    return constant is None or not constant.size or (constant.min() >= _INT32.min and constant.max() <= _INT32.max)
 
 
 def _cast_problem(node: Node) -> str | None:
@@ -188,13 +180,9 @@ def _cast_problem(node: Node) -> str | None:
     if target == source:
         return None
     if target == "int64" and source in ("float32", "bfloat16"):
-        return (
-            f"OpenVINO casts {source} to int32 where int64 is asked for, so that large values come out wrong"
-        )
+        return f"OpenVINO casts {source} to int32 where int64 is asked for, so that large values come out wrong"
     if target == "bool" and source != "bool":
-        return (
-            f"OpenVINO casts {source} to bool by way of float32, where NaN and large integers come out False"
-        )
+        return f"OpenVINO casts {source} to bool by way of float32, where NaN and large integers come out False"
     if target in ("int16", "uint16") and source in _WIDE | _NARROW:
         return f"OpenVINO keeps {target} in 32 bits, so that a cast from {source} does not wrap around"
     if source == "int64" and not _fits(node.constants.get(0)):
@@ -234,10 +222,43 @@ def _present(node: Node, index: int) -> bool:
     return index < len(node.inputs) and bool(node.inputs[index])
 
 
+def _shape(node: Node, index: int) -> tuple[Dim, ...] | None:
+    type_ = node.input_types[index] if index < len(node.input_types) else None
+    return type_.shape if isinstance(type_, TensorType) else None
+
+
+def _dim(node: Node, index: int, axis: int) -> int | None:
+    """Return one static size of an input, None where it is not known."""
+    shape = _shape(node, index)
+    if shape is None or not -len(shape) <= axis < len(shape):
+        return None
+    dim = shape[axis]
+    return dim if isinstance(dim, int) else None
+
+
 def _attention_beyond_plain(node: Node) -> bool:
     windowed = "left_window_size" in node.attributes or "right_window_size" in node.attributes
     continued = bool(node.attributes.get("is_causal", 0)) and _present(node, 4)
     return windowed or continued or _present(node, 6) or node.input_dtype(0) == "bfloat16"
+
+
+def _attention_groups(node: Node) -> bool:
+    heads = node.attributes.get("q_num_heads"), node.attributes.get("kv_num_heads")
+    if None in heads:
+        heads = _dim(node, 0, 1), _dim(node, 1, 1)
+    return heads[0] is None or heads[0] != heads[1]
+
+
+def _splits_unevenly(node: Node) -> bool:
+    parts = node.attributes.get("num_outputs")
+    size = _dim(node, 0, node.attributes.get("axis", 0))
+    return parts is not None and (size is None or size % int(parts) != 0)
+
+
+def _slope_by_channel(node: Node) -> bool:
+    """Whether OpenVINO may take a slope of one dimension as one a channel, where ONNX aligns it with the last."""
+    data, slope = _shape(node, 0) or (), _shape(node, 1) or ()
+    return len(slope) != len(data) and slope not in ((), (1,))
 
 
 def _batchwise(node: Node) -> bool:
@@ -264,9 +285,14 @@ def _half(node: Node) -> bool:
     return node.input_dtype(0) in ("bfloat16", "float16")
 
 
-def _empty(node: Node) -> bool:
-    type_ = node.input_types[0]
-    return isinstance(type_, TensorType) and 0 in (type_.shape or ())
+def _may_be_empty(node: Node) -> bool:
+    """Whether a set that is reduced may have no elements: only what sizes are static is known to have some."""
+    shape = _shape(node, 0) or ()
+    axes = node.attributes.get("axes")
+    if axes is None and _present(node, 1):
+        axes = tuple(node.constants[1].ravel()) if 1 in node.constants else None
+    reduced = [shape[axis] for axis in axes] if axes else shape
+    return not all(isinstance(dim, int) and dim > 0 for dim in reduced)
 
 
 def _resizes_otherwise(node: Node) -> bool:
@@ -295,7 +321,18 @@ _POOL = (_Deviation(_ceil_starts_in_padding, "OpenVINO keeps pooling windows tha
 _RECURRENT = (_Deviation(_batchwise, "OpenVINO computes batch-first recurrent layers (layout=1) wrongly"),)
 _RANDOM = (_Deviation(_always, "OpenVINO draws from a generator of its own, which does not heed the seed"),)
 _FOURIER = (_Deviation(_always, "OpenVINO's Fourier transforms are off by 6e-5 of the largest value"),)
-_EXTREME = (_Deviation(_empty, "OpenVINO gives the lowest float instead of an infinity for an empty set"),)
+_EXTREME = (
+    _Deviation(_may_be_empty, "OpenVINO gives the lowest float, not an infinity, for an empty set, which this may be"),
+)
+
+_QUANTISE = (
+    _Deviation(
+        _always,
+        "OpenVINO multiplies by the inverse of the scale and rounds after adding the zero point: off by one for ties "
+        "and their neighbours",
+    ),
+)
+_ACCUMULATE = (_Deviation(_always, "OpenVINO sums products of integers in float32, which is not exact"),)
 
 _TABLE: dict[str, tuple[_Deviation, ...]] = {
     "Attention": (
@@ -303,15 +340,24 @@ _TABLE: dict[str, tuple[_Deviation, ...]] = {
             _attention_beyond_plain,
             "OpenVINO computes Attention wrongly with windows, padded or continued keys, and in bfloat16",
         ),
+        _Deviation(
+            _attention_groups,
+            "OpenVINO fails at run if heads share keys (GQA), unless all sizes are static; here it is not known "
+            "that each has its own",
+        ),
     ),
     "AveragePool": _POOL,
     "Bernoulli": _RANDOM,
-    "ConstantOfShape": (
-        _Deviation(_wide_fill, "OpenVINO computes int64 as int32, and the value exceeds it"),
+    "ConvInteger": _ACCUMULATE,
+    "MatMulInteger": _ACCUMULATE,
+    "PRelu": (
+        _Deviation(_slope_by_channel, "OpenVINO aligns the slope of PRelu with the channels, ONNX with the end"),
     ),
+    "Split": (_Deviation(_splits_unevenly, "OpenVINO fails at run if a size of unknown evenness is split by number"),),
+    "ConstantOfShape": (_Deviation(_wide_fill, "OpenVINO computes int64 as int32, and the value exceeds it"),),
     "DFT": _FOURIER,
     "Dropout": (_Deviation(_trains, "OpenVINO has no Dropout for training"),),
-    "DynamicQuantizeLinear": (_Deviation(_always, "OpenVINO rounds DynamicQuantizeLinear off by one"),),
+    "DynamicQuantizeLinear": _QUANTISE,
     "GRU": _RECURRENT,
     "LSTM": (*_RECURRENT, _Deviation(_peeps, "OpenVINO leaves out the peepholes of LSTM")),
     "LpPool": _POOL,
@@ -320,14 +366,15 @@ _TABLE: dict[str, tuple[_Deviation, ...]] = {
     "NonMaxSuppression": (
         _Deviation(_always, "OpenVINO drops boxes whose overlap equals the threshold, which ONNX keeps"),
     ),
-    "Pad": (
-        _Deviation(_pads_with_wide_value, "OpenVINO passes the value that Pad fills with through float32"),
-    ),
+    "Pad": (_Deviation(_pads_with_wide_value, "OpenVINO passes the value that Pad fills with through float32"),),
     "RNN": _RECURRENT,
     "RandomNormal": _RANDOM,
     "RandomNormalLike": _RANDOM,
     "RandomUniform": _RANDOM,
     "RandomUniformLike": _RANDOM,
+    "QLinearConv": _QUANTISE,
+    "QLinearMatMul": _QUANTISE,
+    "QuantizeLinear": _QUANTISE,
     "Range": (_Deviation(_half, "OpenVINO counts the steps of a half-precision Range wrongly"),),
     "ReduceMax": _EXTREME,
     "ReduceMin": _EXTREME,

@@ -46,9 +46,7 @@ class ReferenceEngine(Engine):
         try:
             import onnx.reference
         except Exception as error:  # noqa: BLE001 - a broken install may raise anything; it is a status, not a crash
-            return Status(
-                False, reason=f"onnx.reference cannot be imported: {error}", remedy="pip install onnx"
-            )
+            return Status(False, reason=f"onnx.reference cannot be imported: {error}", remedy="pip install onnx")
         return Status(True, version=str(onnx.__version__))
 
     def fingerprint(self) -> Mapping[str, str]:
@@ -129,9 +127,7 @@ _ALIGNED = frozenset({"Add", "And", "Div", "Equal", "Greater", "Less", "Mul", "O
 
 def _verdict(node: Node) -> Verdict:
     reason = (
-        _missing(node.domain, node.op_type, node.opset)
-        or _legacy_axis(node)
-        or _package(node.domain, node.op_type)
+        _missing(node.domain, node.op_type, node.opset) or _legacy_axis(node) or _package(node.domain, node.op_type)
     )
     if reason:
         return Verdict.refuse(reason)
@@ -147,16 +143,11 @@ def _legacy_axis(node: Node) -> str | None:
     """Before opset 7 the second input could be aligned anywhere; the evaluator aligns it at the end."""
     if node.op_type not in _ALIGNED or node.domain or node.version >= 7 or "axis" not in node.attributes:
         return None
-    ranks = [
-        len(t.shape) if isinstance(t, TensorType) and t.shape is not None else None
-        for t in node.input_types[:2]
-    ]
+    ranks = [len(t.shape) if isinstance(t, TensorType) and t.shape is not None else None for t in node.input_types[:2]]
     (a, b), axis = ranks, node.attributes["axis"]
     if b == 0 or (a is not None and b is not None and axis in {a - b, -b}):
         return None
-    return (
-        f"ONNX's reference evaluator ignores the axis of {node.kind}; convert the model to opset 7 or later"
-    )
+    return f"ONNX's reference evaluator ignores the axis of {node.kind}; convert the model to opset 7 or later"
 
 
 def _package(domain: str, op_type: str) -> str | None:

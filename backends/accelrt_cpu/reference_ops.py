@@ -139,9 +139,7 @@ class Scan(_ControlFlow):
             )
             stacked = [_stack(scan, type_, 0) for scan, type_ in zip(scans, types, strict=True)]
             # What lies beyond a sequence's length is undefined; zeros are as good as anything.
-            padded = [
-                np.concatenate([s, np.zeros((longest - length, *s.shape[1:]), s.dtype)]) for s in stacked
-            ]
+            padded = [np.concatenate([s, np.zeros((longest - length, *s.shape[1:]), s.dtype)]) for s in stacked]
             rows.append([*state, *padded])
         return tuple(np.stack(column) for column in zip(*rows, strict=True))
 
@@ -160,10 +158,7 @@ def _iterate(
     carried = len(state)
     scans: list[list[Array]] = [[] for _ in range(outputs)]
     for step in range(length):
-        slices = (
-            np.asarray(v[length - 1 - step if back else step])
-            for v, back in zip(inputs, reverse, strict=True)
-        )
+        slices = (np.asarray(v[length - 1 - step if back else step]) for v, back in zip(inputs, reverse, strict=True))
         results = body([*state, *slices])
         state = results[:carried]
         for scan, value in zip(scans, results[carried:], strict=True):
@@ -200,9 +195,7 @@ class Identity(_Operator):
 class Scatter(_Operator):
     """Writes updates at indices along one axis: `ScatterElements` before it had that name."""
 
-    def _run(
-        self, data: Array, indices: Array, updates: Array, axis: int | None = None, **_: Any
-    ) -> tuple[Array]:
+    def _run(self, data: Array, indices: Array, updates: Array, axis: int | None = None, **_: Any) -> tuple[Array]:
         axis = axis or 0
         result = data.copy()
         target: list[Array] = list(np.indices(indices.shape))
@@ -279,9 +272,7 @@ class STFT(_Operator):
         if window is not None:
             frames = frames * window.astype(wide.dtype)
         if onesided is None or onesided:
-            spectrum = (
-                np.fft.fft(frames)[..., : size // 2 + 1] if np.iscomplexobj(frames) else np.fft.rfft(frames)
-            )
+            spectrum = np.fft.fft(frames)[..., : size // 2 + 1] if np.iscomplexobj(frames) else np.fft.rfft(frames)
         else:
             spectrum = np.fft.fft(frames)
         return (np.stack([spectrum.real, spectrum.imag], -1).astype(signal.dtype),)

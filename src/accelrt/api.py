@@ -103,7 +103,9 @@ def load(
     artifact = _as_artifact(model)
     if artifact is None:
         artifact = compile(model, backend, example_inputs=example_inputs, fallback=policy, options=options)
-    elif surplus := [n for n, v in (("backend", backend), ("example_inputs", example_inputs), ("options", options)) if v]:
+    elif surplus := [
+        n for n, v in (("backend", backend), ("example_inputs", example_inputs), ("options", options)) if v
+    ]:
         raise OptionError(
             f"{surplus[0]!r} belongs to compiling, and the artifact is compiled already.",
             hint="Pass it to accelrt.compile().",

@@ -189,7 +189,9 @@ class Registry:
                 reason = f"the name is taken by {holder.value} of {_origin(holder)}"
                 self._mark(point, reason)
                 warnings.warn(
-                    f"The backend {point.name!r} of {_origin(point)} is ignored: {reason}.", AccelrtWarning, stacklevel=4
+                    f"The backend {point.name!r} of {_origin(point)} is ignored: {reason}.",
+                    AccelrtWarning,
+                    stacklevel=4,
                 )
         return self._points
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 import tempfile
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
     from accelrt.graph.model import Graph
     from accelrt.partition.report import Placement
+
+logger = logging.getLogger("accelrt")
 
 
 class Artifact:
@@ -120,16 +124,27 @@ def open_artifact(path: Path) -> Artifact:
         cache = Cache()
         if (entry := cache.find(packed.identity)) is not None:
             return Artifact(entry)
+        work: Path | None = None
         try:
             work = cache.work_folder()
-        except OSError:
-            # A cache that cannot be written costs time, not function.
-            folder = Path(tempfile.mkdtemp(prefix="accelrt-"))
-            packed.unpack(folder)
-            return Artifact(Entry(folder, packed.manifest, temporary=True))
-        try:
             packed.unpack(work)
-        except BaseException:
-            cache.discard(work)
-            raise
-        return Artifact(cache.adopt(work, packed.manifest, packed.identity))
+            return Artifact(cache.adopt(work, packed.manifest, packed.identity))
+        except OSError as error:
+            # A cache that cannot be written costs time, not function.
+            logger.warning("The cache at %s cannot be used (%s); unpacking elsewhere.", cache.folder, error)
+        finally:
+            if work is not None:
+                cache.discard(work)  # of no effect once it has been adopted
+        return Artifact(_unpack_apart(packed))
+
+
+def _unpack_apart(packed: PackedArtifact) -> Entry:
+    folder = Path(tempfile.mkdtemp(prefix="accelrt-"))
+    try:
+        packed.unpack(folder)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ArtifactError(f"{packed.path} cannot be unpacked: {error}", hint="Is the disk full?") from error
+        raise
+    return Entry(folder, packed.manifest, temporary=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ from accelrt.artifact.cache import Cache, Entry
 from accelrt.artifact.manifest import SCHEMA, SOURCE, Manifest, SegmentRecord
 from accelrt.artifact.store import describe_files, finish, merge_program, write_placement
 from accelrt.backend import CompileJob, Precision, Program
-from accelrt.errors import CompileError, UnsupportedNodes
+from accelrt.errors import ArtifactError, CompileError, UnsupportedNodes
 from accelrt.graph.model import Graph
 from accelrt.graph.node import WEIGHTS_FILE
 from accelrt.graph.weights import WeightFile
@@ -68,7 +69,12 @@ class BuildRequest:
 
 
 def build(
-    graph: Graph, request: BuildRequest, *, fallback: Fallback, cache: bool = True, progress: Progress | None = None
+    graph: Graph,
+    request: BuildRequest,
+    *,
+    fallback: Fallback,
+    cache: bool = True,
+    progress: Progress | None = None,
 ) -> Artifact:
     """Compile a graph, or find it in the cache, and apply the fallback policy to the placement.
 
@@ -86,25 +92,19 @@ def _build_cached(graph: Graph, request: BuildRequest, progress: Progress | None
     key = request.key(graph)
     if (entry := cache.find_compiled(key)) is not None:
         return Artifact(entry)
-    try:
-        lock = cache.lock(key)
-        lock.__enter__()
-    except OSError as error:
-        logger.warning("The cache at %s cannot be used (%s); compiling without it.", cache.folder, error)
-        return _build_apart(graph, request, progress)
-    try:
-        # Whoever held the lock before may have compiled the same.
-        if (entry := cache.find_compiled(key)) is not None:
-            return Artifact(entry)
-        work = cache.work_folder()
+    with contextlib.ExitStack() as stack:
         try:
+            stack.enter_context(cache.lock(key))
+            # Whoever held the lock before may have compiled the same.
+            if (entry := cache.find_compiled(key)) is not None:
+                return Artifact(entry)
+            work = cache.work_folder()
+            stack.callback(cache.discard, work)  # of no effect once it has been adopted
             manifest, identity = _compile_into(work, graph, request, progress)
-        except BaseException:
-            cache.discard(work)
-            raise
-        return Artifact(cache.adopt(work, manifest, identity, key))
-    finally:
-        lock.__exit__(None, None, None)
+            return Artifact(cache.adopt(work, manifest, identity, key))
+        except OSError as error:
+            logger.warning("The cache at %s cannot be used (%s); compiling without it.", cache.folder, error)
+    return _build_apart(graph, request, progress)
 
 
 def _build_apart(graph: Graph, request: BuildRequest, progress: Progress | None) -> Artifact:
@@ -113,6 +113,11 @@ def _build_apart(graph: Graph, request: BuildRequest, progress: Progress | None)
     try:
         manifest, _ = _compile_into(folder, graph, request, progress)
         entry = Entry(folder, manifest, temporary=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"The compiled model cannot be written to {folder}: {error}",
+            hint="Is the disk full? TMPDIR names another.",
+        ) from error
     finally:
         if entry is None:
             Cache(folder).discard(folder)
@@ -133,15 +138,15 @@ def apply_policy(placement: Placement, fallback: Fallback) -> None:
         f"{count} on {engine}" for engine, count in placement.nodes_by_engine.items() if engine != placement.primary
     )
     total = sum(placement.nodes_by_engine.values())
-    message = f"{placement.fallen_back} of {total} nodes do not run on {placement.primary}: {elsewhere}. First: {example}."
+    message = (
+        f"{placement.fallen_back} of {total} nodes do not run on {placement.primary}: {elsewhere}. First: {example}."
+    )
     if fallback == "error":
         raise UnsupportedNodes(message, hint="Pass fallback='warn' to let them run there; explain() lists all.")
     announce(fallback, message + " explain() lists all.")
 
 
-def _compile_into(
-    folder: Path, graph: Graph, request: BuildRequest, progress: Progress | None
-) -> tuple[Manifest, str]:
+def _compile_into(folder: Path, graph: Graph, request: BuildRequest, progress: Progress | None) -> tuple[Manifest, str]:
     weights = WeightFile(folder / WEIGHTS_FILE)
     graph.write(folder / SOURCE, weights)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="programs-") as scratch:
@@ -204,6 +209,7 @@ class _Workshop:
                 request.candidates,
                 request.precisions,
                 request.options.partition.min_segment_nodes,
+                refused,
             )
             failure = self._compile_pieces(cut.pieces)
             if failure is None:

@@ -18,6 +18,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -28,22 +29,30 @@ from pathlib import Path
 
 from accelrt.artifact.manifest import MANIFEST, Manifest
 from accelrt.artifact.store import check_files
-from accelrt.errors import ArtifactError, CorruptArtifact, OptionError
+from accelrt.errors import ArtifactError, OptionError
 
 logger = logging.getLogger("accelrt")
 
 DEFAULT_SIZE = 20 << 30
 _STAMP = ".stamp"
+_IDENTITY = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _ABANDONED_S = 24 * 3600.0
 
 
 def cache_folder() -> Path:
-    """Return ``$ACCELRT_CACHE_DIR``, else ``$XDG_CACHE_HOME/accelrt``, else ``~/.cache/accelrt``."""
-    if own := os.environ.get("ACCELRT_CACHE_DIR"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "accelrt"
-    return Path.home() / ".cache" / "accelrt"
+    """Return ``$ACCELRT_CACHE_DIR``, else ``$XDG_CACHE_HOME/accelrt``, else ``~/.cache/accelrt``.
+
+    Raises:
+        OptionError: There is no home folder, and no variable names another.
+    """
+    try:
+        if own := os.environ.get("ACCELRT_CACHE_DIR"):
+            return Path(own).expanduser()
+        if shared := os.environ.get("XDG_CACHE_HOME"):
+            return Path(shared).expanduser() / "accelrt"
+        return Path.home() / ".cache" / "accelrt"
+    except RuntimeError as error:
+        raise OptionError(f"There is no folder for the cache: {error}", hint="Set ACCELRT_CACHE_DIR.") from error
 
 
 def cache_limit() -> int:
@@ -89,20 +98,19 @@ class Cache:
     def find(self, identity: str) -> Entry | None:
         """Return an artifact by identity; None if it is not there or was found altered and has been removed."""
         folder = self.folder / "artifacts" / identity
-        try:
-            manifest_bytes = (folder / MANIFEST).read_bytes()
-            stamped = json.loads((folder / _STAMP).read_bytes())
-        except (OSError, ValueError):
+        if not _IDENTITY.fullmatch(identity):
             return None
-        manifest = Manifest.parse(manifest_bytes)
         try:
-            if stamped != _stamp(folder, manifest):
+            if not folder.exists():
+                return None
+            manifest = Manifest.parse((folder / MANIFEST).read_bytes())
+            if _read_stamp(folder) != _stamp(folder, manifest):
                 # Something touched the files since they were verified: trust nothing but their hashes.
                 check_files(folder, manifest, identity)
                 _write_atomically(folder / _STAMP, json.dumps(_stamp(folder, manifest)).encode())
             entry = Entry(folder, manifest)
             os.utime(folder / _STAMP)
-        except (OSError, CorruptArtifact) as error:
+        except (OSError, ArtifactError) as error:
             logger.warning("The cache entry %s was damaged and is removed: %s", identity[:12], error)
             shutil.rmtree(folder, ignore_errors=True)
             return None
@@ -111,10 +119,10 @@ class Cache:
     def find_compiled(self, key: str) -> Entry | None:
         """Return what a compile of ``key`` gave, if it is still there."""
         try:
-            identity = (self.folder / "compiled" / key).read_text()
+            identity = (self.folder / "compiled" / key).read_bytes()
         except OSError:
             return None
-        return self.find(identity)
+        return self.find(identity.decode("ascii", "replace"))
 
     def work_folder(self) -> Path:
         """Return a new empty folder on the cache's file system."""
@@ -127,21 +135,35 @@ class Cache:
         shutil.rmtree(work, ignore_errors=True)
 
     def adopt(self, work: Path, manifest: Manifest, identity: str, key: str | None = None) -> Entry:
-        """Move a finished and verified folder into the cache; an equal one that is already there wins."""
+        """Move a finished and verified folder into the cache; an equal one that is already there wins.
+
+        Raises:
+            OSError: The cache cannot be written; ``work`` may still be there.
+        """
         (work / _STAMP).write_text(json.dumps(_stamp(work, manifest)))
+        entry = self._settle(work, manifest, identity)
+        try:
+            if key is not None:
+                (self.folder / "compiled").mkdir(mode=0o700, exist_ok=True)
+                _write_atomically(self.folder / "compiled" / key, identity.encode())
+            self.trim()
+        except OSError as error:  # the entry is there; it will not be found by key, or be more than it should
+            logger.warning("The cache at %s is not in order: %s", self.folder, error)
+        return entry
+
+    def _settle(self, work: Path, manifest: Manifest, identity: str) -> Entry:
         folder = self.folder / "artifacts" / identity
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        entry = Entry(work, manifest)  # held before others can see it, so that none evicts it
         try:
             work.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(work, ignore_errors=True)
-        if key is not None:
-            (self.folder / "compiled").mkdir(mode=0o700, exist_ok=True)
-            _write_atomically(self.folder / "compiled" / key, identity.encode())
-        entry = self.find(identity)
-        if entry is None:
-            raise ArtifactError(f"The cache at {self.folder} lost the entry {identity[:12]} at once.")
-        self.trim()
+        except OSError:
+            # Another process was faster, or what is there is damaged, in which case looking at it removes it.
+            if (other := self.find(identity)) is not None:
+                shutil.rmtree(work, ignore_errors=True)
+                return other
+            work.rename(folder)
+        entry.folder = folder
         return entry
 
     @contextlib.contextmanager
@@ -168,20 +190,27 @@ class Cache:
         for _, size, folder in sorted(entries):
             if total <= self._limit:
                 return
-            if _remove_unused(folder):
+            if self._remove_unused(folder):
                 total -= size
 
+    def _remove_unused(self, folder: Path) -> bool:
+        """Remove an entry unless some process holds it; it is moved away first, so that nobody finds it half removed."""
+        try:
+            with (folder / _STAMP).open() as stamp:
+                fcntl.flock(stamp, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                away = self.work_folder()
+                folder.rename(away / folder.name)
+        except OSError:
+            return False
+        shutil.rmtree(away, ignore_errors=True)
+        return True
 
-def _remove_unused(folder: Path) -> bool:
-    """Remove an entry unless some process holds it; its stamp goes first, so that nobody finds it half removed."""
+
+def _read_stamp(folder: Path) -> object:
     try:
-        with (folder / _STAMP).open() as stamp:
-            fcntl.flock(stamp, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (folder / _STAMP).unlink()
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError:
-        return False
-    return True
+        return json.loads((folder / _STAMP).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _stamp(folder: Path, manifest: Manifest) -> dict[str, list[int]]:
@@ -189,7 +218,7 @@ def _stamp(folder: Path, manifest: Manifest) -> dict[str, list[int]]:
     stamp = {}
     for name in sorted((*manifest.files, MANIFEST)):
         status = (folder / name).stat()
-        stamp[name] = [status.st_size, status.st_mtime_ns, status.st_ino]
+        stamp[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     return stamp
 
 

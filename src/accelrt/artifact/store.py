@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import stat
+import threading
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -54,16 +56,22 @@ def _merge_onnx(source: Path, target: Path, weights: Any) -> None:
     import mmap
 
     import onnx
+    from google.protobuf.message import DecodeError
 
     from accelrt.graph.weights import is_external, point_at
 
-    proto = onnx.load(source, load_external_data=False)
+    try:
+        proto = onnx.load(source, load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise CorruptArtifact(f"The program {source.name!r} is not ONNX: {error}") from error
     external = [tensor for tensor in proto.graph.initializer if is_external(tensor)]
     if external:
-        with (source.parent / WEIGHTS_FILE).open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+        with (
+            (source.parent / WEIGHTS_FILE).open("rb") as file,
+            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data,
+        ):
             for tensor in external:
-                place = {entry.key: entry.value for entry in tensor.external_data}
-                offset, length = int(place.get("offset", 0)), int(place["length"])
+                offset, length = _place(tensor, len(data))
                 view = memoryview(data)[offset : offset + length]
                 try:
                     extent = weights.add(view)
@@ -71,6 +79,17 @@ def _merge_onnx(source: Path, target: Path, weights: Any) -> None:
                     view.release()
                 point_at(tensor, extent)
     target.write_bytes(proto.SerializeToString())
+
+
+def _place(tensor: Any, available: int) -> tuple[int, int]:
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    try:
+        offset, length = int(place.get("offset", 0)), int(place["length"])
+    except (KeyError, ValueError) as error:
+        raise CorruptArtifact(f"The weight {tensor.name!r} does not say where it is: {error!r}.") from error
+    if place.get("location") != WEIGHTS_FILE or offset < 0 or length < 0 or offset + length > available:
+        raise CorruptArtifact(f"The weight {tensor.name!r} lies outside {WEIGHTS_FILE!r}.")
+    return offset, length
 
 
 def describe_files(folder: Path) -> dict[str, FileRecord]:
@@ -119,7 +138,7 @@ def pack(folder: Path, manifest: Manifest, target: Path) -> None:
     Raises:
         ArtifactError: The file cannot be written.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name[:128]}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -132,11 +151,11 @@ def pack(folder: Path, manifest: Manifest, target: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ArtifactError(f"The artifact cannot be written to {target}: {error}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise ArtifactError(f"The artifact cannot be written to {target}: {error}") from error
         raise
 
 
@@ -178,16 +197,22 @@ class PackedArtifact:
 
         Raises:
             CorruptArtifact: A file is not what the manifest says.
+            OSError: ``folder`` cannot be written.
         """
         (folder / MANIFEST).write_bytes(self.manifest_bytes)
         for name, record in self.manifest.files.items():
             digest = hashlib.sha256()
-            with _hostile(self.path), self._archive.open(name) as source, (folder / name).open("xb") as sink:
-                while chunk := source.read(_CHUNK):
+            with (folder / name).open("xb") as sink:
+                for chunk in self._chunks(name):
                     digest.update(chunk)
                     sink.write(chunk)
             if digest.hexdigest() != record.sha256:
                 raise CorruptArtifact(f"The file {name!r} in {self.path} is not what the manifest says.")
+
+    def _chunks(self, name: str) -> Iterator[bytes]:
+        with _hostile(self.path), self._archive.open(name) as source:
+            while chunk := source.read(_CHUNK):
+                yield chunk
 
     def _check_members(self) -> None:
         members = self._archive.infolist()
@@ -209,7 +234,9 @@ class PackedArtifact:
         except KeyError:
             raise CorruptArtifact(f"{self.path} is a zip file without {MANIFEST}: not an artifact.") from None
         if member.file_size > MAX_BYTES:
-            raise CorruptArtifact(f"The manifest of {self.path} claims {member.file_size} bytes; {MAX_BYTES} is the most.")
+            raise CorruptArtifact(
+                f"The manifest of {self.path} claims {member.file_size} bytes; {MAX_BYTES} is the most."
+            )
         return self._archive.read(member)
 
     def _check_listing(self) -> None:
@@ -240,7 +267,8 @@ class _hostile:  # noqa: N801 - reads as a statement
                  NotImplementedError, RuntimeError, OverflowError, MemoryError, zlib.error)  # fmt: skip
         if isinstance(error, known) or type(error).__name__ == "error":
             raise CorruptArtifact(
-                f"{self.path} is not a whole artifact: {error}", hint="Copy it again, or compile the model again."
+                f"{self.path} is not a whole artifact: {error}",
+                hint="Copy it again, or compile the model again.",
             ) from error
 
 
@@ -260,18 +288,19 @@ def without_source(folder: Path, manifest: Manifest, target: Path) -> tuple[Mani
     from accelrt.graph.weights import WeightFile
 
     weights = WeightFile(target / WEIGHTS_FILE)
-    for name in manifest.files:
-        if name.endswith(".onnx") and name != SOURCE:
-            _merge_onnx(folder / name, target / name, weights)
-        elif name not in (SOURCE, WEIGHTS_FILE):
-            shutil.copyfile(folder / name, target / name)
-    weights.close()
-    manifest = replace(manifest, files=describe_files(target))
-    return manifest, finish(target, manifest)
+    try:
+        for name in manifest.files:
+            if name.endswith(".onnx") and name != SOURCE:
+                _merge_onnx(folder / name, target / name, weights)
+            elif name not in (SOURCE, WEIGHTS_FILE):
+                shutil.copyfile(folder / name, target / name)
+        weights.close()
+        manifest = replace(manifest, files=describe_files(target))
+        return manifest, finish(target, manifest)
+    except OSError as error:
+        raise ArtifactError(f"The artifact cannot be copied without its source: {error}") from error
 
 
 def program_files(folder: Path, segment: SegmentRecord) -> dict[str, Path]:
     """Return where the files of a segment's program are."""
     return {name: folder / stored for name, stored in segment.files.items()}
-
-

@@ -10,8 +10,6 @@ from onnx import helper, numpy_helper
 from accelrt.errors import GraphError
 from accelrt.graph.types import Dim, OptionalType, SequenceType, TensorType, ValueType, numpy_dtype
 
-_SPECIAL = {onnx.TensorProto.STRING: "string"}
-
 
 def dtype_name(elem_type: int) -> str | None:
     """Return the name of an ONNX element type; None for UNDEFINED.
@@ -22,9 +20,11 @@ def dtype_name(elem_type: int) -> str | None:
     if elem_type == onnx.TensorProto.UNDEFINED:
         return None
     try:
-        return _SPECIAL.get(elem_type) or helper.tensor_dtype_to_np_dtype(elem_type).name
+        return "string" if elem_type == onnx.TensorProto.STRING else helper.tensor_dtype_to_np_dtype(elem_type).name
     except KeyError as error:
-        raise GraphError(f"A value has element type {elem_type}, which ONNX {onnx.__version__} does not know.") from error
+        raise GraphError(
+            f"A value has element type {elem_type}, which ONNX {onnx.__version__} does not know."
+        ) from error
 
 
 def elem_type(dtype: str) -> int:

@@ -77,9 +77,7 @@ def _lower(model: onnx.ModelProto, index: int) -> list[onnx.NodeProto]:
     return tape.nodes
 
 
-def _path(
-    graph: onnx.GraphProto, index: int, independent: set[str], y: str
-) -> tuple[bool, list[onnx.NodeProto]]:
+def _path(graph: onnx.GraphProto, index: int, independent: set[str], y: str) -> tuple[bool, list[onnx.NodeProto]]:
     """Return the nodes that lead from independent values to y, and whether all stand before a node."""
     needed, picked = {y} - independent, []
     for position in reversed(range(len(graph.node))):
@@ -113,9 +111,7 @@ class _Tape:
                 self._types[value.name] = value.type.tensor_type
         self.constants: dict[str, onnx.TensorProto] = {}
         for tensor in inferred.initializer:
-            self._types[tensor.name] = helper.make_tensor_type_proto(
-                tensor.data_type, tensor.dims
-            ).tensor_type
+            self._types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
             self.constants[tensor.name] = tensor
         for node in inferred.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -145,9 +141,9 @@ class _Tape:
         return int(self._types[name].elem_type)
 
     def is_real(self, name: str) -> bool:
-        return np.issubdtype(helper.tensor_dtype_to_np_dtype(self.dtype(name)), np.floating) or self.dtype(
-            name
-        ) == (onnx.TensorProto.BFLOAT16)
+        return np.issubdtype(helper.tensor_dtype_to_np_dtype(self.dtype(name)), np.floating) or self.dtype(name) == (
+            onnx.TensorProto.BFLOAT16
+        )
 
     def shape(self, name: str) -> list[int | str | None] | None:
         type_ = self._types.get(name)
@@ -161,9 +157,7 @@ class _Tape:
             raise _NoRule
         return len(shape)
 
-    def replay(
-        self, path: Sequence[onnx.NodeProto], names: dict[str, str], y: str
-    ) -> tuple[list[onnx.NodeProto], str]:
+    def replay(self, path: Sequence[onnx.NodeProto], names: dict[str, str], y: str) -> tuple[list[onnx.NodeProto], str]:
         """Write a path again over other values; their types are taken to be those of the first."""
         again = []
         for node in path:
@@ -196,9 +190,7 @@ class _Tape:
             pairs = list(zip(small, large[lead:], strict=True))
             if all(n == 1 or (n == m and n is not None) for n, m in pairs):
                 axes = [*range(lead), *(lead + i for i, (n, m) in enumerate(pairs) if n == 1 != m)]
-                return self.emit(
-                    "Reshape", self.reduce("ReduceSum", gradient, axes) if axes else gradient, shape
-                )
+                return self.emit("Reshape", self.reduce("ReduceSum", gradient, axes) if axes else gradient, shape)
         if self.opset < 13:
             raise _NoRule  # axes were attributes: they cannot be computed while the model runs
         whole = self.emit("Shape", y)
@@ -216,9 +208,7 @@ class _Tape:
         return self.emit(op_type, x, axes=list(axes), keepdims=1)
 
 
-def _differentiate(
-    tape: _Tape, path: Sequence[onnx.NodeProto], xs: Sequence[str], y: str
-) -> list[str | None]:
+def _differentiate(tape: _Tape, path: Sequence[onnx.NodeProto], xs: Sequence[str], y: str) -> list[str | None]:
     active = set(xs)
     for node in path:
         if node.op_type not in _CONSTANT and active.intersection((*node.input, *_captures(node))):

@@ -54,7 +54,8 @@ def _to_ir(source: Path | bytes | onnx.ModelProto | ir.Model) -> ir.Model:
     try:
         if isinstance(source, Path):
             # A model is found through a symlink where hubs keep them; its data lies beside what the link names.
-            return ir.load(source)
+            # Absolute, because onnx-ir takes a model in the current folder for one without a folder.
+            return ir.load(source.absolute())
         proto = onnx.ModelProto.FromString(source) if isinstance(source, bytes) else source
         if not proto.HasField("graph"):
             raise GraphError("The model holds no graph.", hint="Is this really a serialised ONNX ModelProto?")
@@ -79,18 +80,13 @@ def _first_line(error: BaseException) -> str:
 def _split(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """Part structure from weights: a small ModelProto with stubs, and the tensors that they stand for."""
     weights: dict[str, Any] = {}
+    _internalise_attributes(model)
     for graph in model.graphs():
         for name, value in list(graph.initializers.items()):
             tensor = value.const_value
             if tensor is None:
                 raise GraphError(f"Initialiser {name!r} has no data.")
             external = isinstance(tensor, ir.ExternalTensor)
-            if external and not tensor.base_dir:
-                raise GraphError(
-                    f"Initialiser {name!r} keeps its data in the file {str(tensor.location)!r}, "
-                    "but the model was not given as a path, so there is no folder to find it in.",
-                    hint="Pass the path of the model.",
-                )
             if external:
                 _check_extent(tensor)
             if graph is model.graph and tensor.nbytes > INLINE_BYTES and tensor.dtype != ir.DataType.STRING:
@@ -98,7 +94,7 @@ def _split(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:
                 value.const_value = _placeholder(name, tensor)
             elif external:
                 # Inside bodies, and for small tensors, the data joins the structure.
-                value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
+                value.const_value = _internal(tensor)
     try:
         return ir.to_proto(model), weights
     except (ValueError, TypeError, AttributeError) as error:
@@ -110,8 +106,37 @@ def _placeholder(name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
     return ir.ExternalTensor(WEIGHTS_FILE, 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
 
 
+def _internalise_attributes(model: ir.Model) -> None:
+    """Read tensors of attributes that lie in other files: weights of initialisers alone stay where they are."""
+    bodies = [*model.graphs(), *model.functions.values()]
+    bodies += [graph for function in model.functions.values() for graph in function.subgraphs()]
+    for node in (node for body in bodies for node in body):
+        for name, attribute in list(node.attributes.items()):
+            if attribute.is_ref() or attribute.type not in (
+                ir.AttributeType.TENSOR,
+                ir.AttributeType.TENSORS,
+            ):
+                continue
+            several = attribute.type == ir.AttributeType.TENSORS
+            tensors = list(attribute.value) if several else [attribute.value]
+            if any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors):
+                held = [_internal(t) if isinstance(t, ir.ExternalTensor) else t for t in tensors]
+                node.attributes[name] = ir.Attr(name, attribute.type, held if several else held[0])
+
+
+def _internal(tensor: ir.ExternalTensor) -> ir.Tensor:
+    _check_extent(tensor)
+    return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+
+
 def _check_extent(tensor: ir.ExternalTensor) -> None:
     """Refuse external data that is outside the folder, missing, or shorter than the tensor, before anything reads it."""
+    if not tensor.base_dir:
+        raise GraphError(
+            f"The tensor {tensor.name!r} keeps its data in the file {str(tensor.location)!r}, "
+            "but the model was not given as a path, so there is no folder to find it in.",
+            hint="Pass the path of the model.",
+        )
     path, folder = Path(tensor.path), Path(tensor.base_dir)
     try:
         size = path.stat().st_size

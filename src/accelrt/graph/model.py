@@ -79,9 +79,7 @@ class Graph:
     def constants(self) -> dict[str, Any]:
         """The values of small initialisers as numpy arrays."""
         return {
-            name: numpy_helper.to_array(tensor)
-            for name, tensor in self.initializers.items()
-            if not is_external(tensor)
+            name: numpy_helper.to_array(tensor) for name, tensor in self.initializers.items() if not is_external(tensor)
         }
 
     @cached_property
@@ -89,7 +87,9 @@ class Graph:
         """Every node in topological order, as engines see it; names are unique."""
         view = _View(self.opsets, self.types, self.constants)
         taken: set[str] = set()
-        return tuple(view.node(proto, _unique(proto, index, taken)) for index, proto in enumerate(self.proto.graph.node))
+        return tuple(
+            view.node(proto, _unique(proto, index, taken)) for index, proto in enumerate(self.proto.graph.node)
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -135,7 +135,9 @@ class Graph:
             tensor for tensor in self.proto.graph.sparse_initializer if tensor.values.name in reads
         )
         # Types that a model declares for inner values matter where an operator's own inference is unknown.
-        segment.value_info.extend(v for v in self.proto.graph.value_info if v.name in produced and v.name not in outputs)
+        segment.value_info.extend(
+            v for v in self.proto.graph.value_info if v.name in produced and v.name not in outputs
+        )
         model = onnx.ModelProto(ir_version=self.proto.ir_version, opset_import=self.proto.opset_import)
         model.graph.CopyFrom(segment)
         return Graph(model, {name: tensor for name, tensor in self.weights.items() if name in reads})
@@ -257,7 +259,10 @@ def _spread_dtypes(node: onnx.NodeProto, opsets: Mapping[str, int], types: dict[
     except onnx.defs.SchemaError:
         return
     bound: dict[str, str] = {}
-    for parameters, names, produced in ((schema.inputs, node.input, False), (schema.outputs, node.output, True)):
+    for parameters, names, produced in (
+        (schema.inputs, node.input, False),
+        (schema.outputs, node.output, True),
+    ):
         for index, name in enumerate(names):
             variable = parameters[min(index, len(parameters) - 1)].type_str if parameters else ""
             type_ = types.get(name)
@@ -270,9 +275,7 @@ def _spread_dtypes(node: onnx.NodeProto, opsets: Mapping[str, int], types: dict[
 class _View:
     """Makes `Node`s out of protos, given what is known of the values around them."""
 
-    def __init__(
-        self, opsets: Mapping[str, int], types: Mapping[str, ValueType], constants: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, opsets: Mapping[str, int], types: Mapping[str, ValueType], constants: Mapping[str, Any]) -> None:
         self.opsets, self.types, self.constants = opsets, types, constants
 
     def node(self, proto: onnx.NodeProto, name: str) -> Node:

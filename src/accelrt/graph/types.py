@@ -163,7 +163,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     if name in _EXTENDED:
         import ml_dtypes  # an import of 5 ms that most models never need
 
-        return np.dtype(cast(Any, getattr(ml_dtypes, name)))
+        return cast("np.dtype[Any]", np.dtype(getattr(ml_dtypes, name)))
     raise ValueError(f"not a data type: {name!r}")
 
 

@@ -49,7 +49,7 @@ def tensor_bytes(tensor: ir.TensorProtocol) -> memoryview:
             f"The data of weight {tensor.name!r} cannot be read: {error}",
             hint="Keep external data files inside the folder of the model, complete, and pass the model's path.",
         ) from error
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 class WeightFile:

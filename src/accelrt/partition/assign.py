@@ -64,7 +64,9 @@ def assign(
 
 def _refuse(node: Node, count: int, candidates: Sequence[Candidate], verdicts: Sequence[Verdict | None]) -> None:
     reasons = "; ".join(
-        f"{candidate.name}: {verdict.reason}" for candidate, verdict in zip(candidates, verdicts, strict=True) if verdict
+        f"{candidate.name}: {verdict.reason}"
+        for candidate, verdict in zip(candidates, verdicts, strict=True)
+        if verdict
     )
     others = f" and {count - 1} more nodes" if count > 1 else ""
     raise CompileError(f"No engine can run node {node.name!r} ({node.kind}){others}. {reasons}.")

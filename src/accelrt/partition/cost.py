@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from accelrt.backend import Precision, Verdict
 from accelrt.graph.node import Node
@@ -26,11 +27,13 @@ def partition(
     candidates: Sequence[Candidate],
     precisions: Sequence[Precision],
     min_segment_nodes: int = 1,
+    refused: Mapping[tuple[int, int], str] = MappingProxyType({}),
 ) -> Partition:
     """Cut, then return islands of fewer than ``min_segment_nodes`` nodes to a later candidate, until none is left.
 
     An island moves as a whole, to the first later candidate that supports all of it and is no last resort; if
-    there is none it stays. Each move raises a node's candidate number, so this ends.
+    there is none it stays. Each move raises a node's candidate number, so this ends. ``refused`` is as for `assign`:
+    nothing moves to where it failed to compile.
     """
     owners = list(assignment.owners)
     verdicts = [list(row) for row in assignment.verdicts]
@@ -40,7 +43,7 @@ def partition(
         island = next((p for p in pieces if len(p.nodes) < min_segment_nodes and p.nodes not in settled), None)
         if island is None or len(pieces) == 1:
             return Partition(tuple(pieces), tuple(map(tuple, verdicts)))
-        heir = _heir(nodes, island, candidates, precisions, verdicts)
+        heir = _heir(nodes, island, candidates, precisions, verdicts, refused)
         if heir is None:
             settled.add(island.nodes)
             continue
@@ -57,10 +60,11 @@ def _heir(
     candidates: Sequence[Candidate],
     precisions: Sequence[Precision],
     verdicts: list[list[Verdict | None]],
+    refused: Mapping[tuple[int, int], str],
 ) -> int | None:
     for number in range(island.owner + 1, len(candidates)):
         engine = candidates[number].engine
-        if engine.caps.last_resort:
+        if engine.caps.last_resort or any((number, index) in refused for index in island.nodes):
             continue
         answers = engine.supports_all([nodes[index] for index in island.nodes], precisions[number])
         for index, verdict in zip(island.nodes, answers, strict=True):
@@ -68,4 +72,3 @@ def _heir(
         if all(verdict.supported for verdict in answers):
             return number
     return None
-

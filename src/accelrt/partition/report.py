@@ -189,7 +189,11 @@ def human_bytes(count: int | None) -> str:
 
 
 def place(
-    target: str, graph: Graph, candidates: Sequence[Candidate], precisions: Sequence[str], partition: Partition
+    target: str,
+    graph: Graph,
+    candidates: Sequence[Candidate],
+    precisions: Sequence[str],
+    partition: Partition,
 ) -> Placement:
     """Describe a partition of a graph."""
     last_use = _readers(graph, partition)

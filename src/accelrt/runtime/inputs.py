@@ -73,7 +73,9 @@ class Binder:
 
     def _bind_slowly(self, named: Mapping[str, Any]) -> dict[str, Value]:
         known = set(self._names)
-        missing = [p.name for p in self._signature.inputs if p.name not in named and not isinstance(p.type, OptionalType)]
+        missing = [
+            p.name for p in self._signature.inputs if p.name not in named and not isinstance(p.type, OptionalType)
+        ]
         unknown = [name for name in named if name not in known]
         if missing or unknown:
             problems = [f"missing: {', '.join(missing)}"] * bool(missing)
@@ -126,7 +128,9 @@ def _array(value: Any, type_: TensorType, port: Port) -> np.ndarray[Any, Any]:
         return _text(array, port)
     if array.dtype != dtype:
         if array.dtype.newbyteorder("=") != dtype:
-            raise _misfit(port, f"{_type_name(array)} of dtype {array.dtype}", f"Convert it: x.astype({type_.dtype!r}).")
+            raise _misfit(
+                port, f"{_type_name(array)} of dtype {array.dtype}", f"Convert it: x.astype({type_.dtype!r})."
+            )
         array = array.astype(dtype)
     # `ascontiguousarray` would make a vector of a scalar.
     return array if array.flags.c_contiguous else array.copy(order="C")
@@ -165,7 +169,7 @@ def _takes(dtype: np.dtype[Any], array: np.ndarray[Any, Any]) -> bool:
     if dtype.kind == "b" or kind == "b":
         return dtype.kind == kind
     if dtype.kind in "iu":
-        return kind in "iu" and np.iinfo(dtype).min <= array.min() and array.max() <= np.iinfo(dtype).max
+        return kind in "iu" and bool(np.iinfo(dtype).min <= array.min() and array.max() <= np.iinfo(dtype).max)
     if dtype.kind == "c":
         return True
     return kind in "iuf"  # floating types, ml_dtypes' among them

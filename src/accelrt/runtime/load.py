@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from accelrt import options as option_module
 from accelrt.artifact.artifact import Artifact
-from accelrt.artifact.build import BuildRequest, build
 from accelrt.artifact.manifest import SegmentRecord
 from accelrt.artifact.store import program_files
 from accelrt.backend import Device, Engine, Executable, Program
@@ -61,7 +60,9 @@ def _stale(artifact: Artifact) -> AccelrtError | None:
             engine = find_engine(REGISTRY.backend(segment.backend), segment.engine)
         except (TargetError, RegistryError) as error:
             return BackendUnavailable(
-                f"The artifact needs {segment.name}: {error.message}", hint=error.hint, backend=segment.backend
+                f"The artifact needs {segment.name}: {error.message}",
+                hint=error.hint,
+                backend=segment.backend,
             )
         status = engine.status()
         if not status.usable:
@@ -88,6 +89,11 @@ def _difference(compiled: Mapping[str, str], present: Mapping[str, str]) -> str:
 
 def _rebuilt(artifact: Artifact, target: Target, reason: AccelrtError, fallback: Fallback) -> Artifact:
     """Compile the source graph again: for the same target if its engine is usable, else for the CPU."""
+    from accelrt.artifact.build import (
+        BuildRequest,
+        build,
+    )  # brings in the graph libraries, which loading can do without
+
     if fallback == "error" or not artifact.manifest.has_source:
         if not artifact.manifest.has_source:
             reason.hint = "The artifact was saved with sources=False, so it cannot be compiled again here."
@@ -107,12 +113,9 @@ def _recorded(artifact: Artifact, candidates: Sequence[Candidate]) -> Options:
     """Return the options the artifact was compiled with, as far as the candidates still know them."""
     by_engine = {segment.name: segment.options for segment in artifact.manifest.segments}
     engines = tuple(
-        option_module.from_json(candidate.engine.options, by_engine.get(candidate.name, {}))
-        for candidate in candidates
+        option_module.from_json(candidate.engine.options, by_engine.get(candidate.name, {})) for candidate in candidates
     )
-    partition = option_module.from_json(
-        option_module.PartitionOptions, artifact.manifest.options.get("partition", {})
-    )
+    partition = option_module.from_json(option_module.PartitionOptions, artifact.manifest.options.get("partition", {}))
     return Options(partition=partition, engines=engines)
 
 
@@ -153,9 +156,7 @@ class _Loader:
         def recover(error: BaseException) -> Executable:
             return self._stand_in(index, error)
 
-        step = Step(
-            segment.name, None, segment.signature.input_names, segment.signature.output_names, recover, lock
-        )
+        step = Step(segment.name, None, segment.signature.input_names, segment.signature.output_names, recover, lock)
         try:
             step.executable = engine.load(self._program(segment, engine), self._devices(segment))
         except (DeviceError, IncompatibleProgram) as error:
@@ -181,6 +182,8 @@ class _Loader:
 
     def _stand_in(self, index: int, error: BaseException) -> Executable:
         """Compile a segment for the CPU, without the engine that failed."""
+        from accelrt.artifact.build import BuildRequest, build
+
         segment = self.artifact.manifest.segments[index]
         if not self.artifact.manifest.has_source:
             raise ArtifactError(

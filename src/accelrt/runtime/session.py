@@ -16,6 +16,7 @@ from accelrt.backend import Executable
 from accelrt.errors import AccelrtError, DeviceLost, ExecutionError, InputError, SessionClosed
 from accelrt.graph.types import Signature, Value
 from accelrt.policy import Fallback, announce
+from accelrt.registry import CPU
 from accelrt.runtime.inputs import Binder
 from accelrt.runtime.metrics import LatencyHistogram, SessionStats
 
@@ -37,6 +38,8 @@ class Step:
         recover: Makes a stand-in that runs the same segment on the CPU; raises if that cannot be.
         lock: Held during a run where the engine takes one call at a time.
         spent: Values that nobody reads after this step.
+        stand_in: What runs the segment instead, once it was needed.
+        lost: The program whose device is lost: not used again, but closed with the session.
     """
 
     engine: str
@@ -47,6 +50,7 @@ class Step:
     lock: threading.Lock | None = None
     spent: tuple[str, ...] = ()
     stand_in: Executable | None = None
+    lost: Executable | None = None
     recovery: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -64,7 +68,6 @@ class Session:
         fallback: Fallback,
         workers: int,
         keep: object = None,
-        fallbacks: int = 0,
     ) -> None:
         self.signature = signature
         self._steps = tuple(steps)
@@ -76,7 +79,7 @@ class Session:
         self._histogram = LatencyHistogram()
         # Counters that many threads advance without a lock: `next` on a count is atomic.
         self._entered, self._left, self._failed = itertools.count(), itertools.count(), itertools.count()
-        self._fell_back = itertools.count(fallbacks)
+        self._fell_back = itertools.count()
         self._closed = False
         self._pool: ThreadPoolExecutor | None = None
         self._pool_lock = threading.Lock()
@@ -105,7 +108,8 @@ class Session:
                 raise SessionClosed("The session was closed.", hint="Load the artifact again.")
             start = time.perf_counter_ns()
             feeds = self._binder.bind(inputs)
-            outputs = self._direct(feeds) if self._direct is not None else self._run(feeds)
+            direct = self._direct
+            outputs = direct(feeds) if direct is not None else self._run(feeds)
             self._histogram.record(time.perf_counter_ns() - start)
             return outputs
         except BaseException:
@@ -154,7 +158,7 @@ class Session:
             calls=_peek(self._entered),
             errors=_peek(self._failed),
             fallbacks=_peek(self._fell_back),
-            engines=tuple(step.engine for step in self._steps),
+            engines=tuple(step.engine if step.executable is not None else CPU for step in self._steps),
             latency=self._histogram.summary(),
         )
 
@@ -170,7 +174,7 @@ class Session:
         while _peek(self._left) < _peek(self._entered):
             time.sleep(0.0005)
         for step in self._steps:
-            for executable in (step.executable, step.stand_in):
+            for executable in (step.executable, step.lost, step.stand_in):
                 if executable is not None:
                     executable.close()
         self._direct, self._steps, self._keep = None, (), None
@@ -215,13 +219,14 @@ class Session:
         return {name: values[name] for name in self._outputs}
 
     def _run_step(self, step: Step, feeds: Mapping[str, Value]) -> Outputs:
-        if step.executable is None:
-            return self._stand_in(step, DeviceLost("the device was lost earlier")).run(feeds)
+        executable = step.executable
+        if executable is None:
+            return self._answer(step, feeds, DeviceLost("its device is lost, or could not take the segment"))
         try:
             if step.lock is None:
-                return step.executable.run(feeds)
+                return executable.run(feeds)
             with step.lock:
-                return step.executable.run(feeds)
+                return executable.run(feeds)
         except Exception as error:  # noqa: BLE001 - engines raise what they like
             return self._recover(step, feeds, error)
 
@@ -232,7 +237,18 @@ class Session:
         if self._fallback == "error":
             raise ExecutionError(f"{step.engine} failed: {_one_line(error)}", backend=step.engine) from error
         if isinstance(error, DeviceLost):
-            step.executable, self._direct = None, None
+            self._direct = None
+            with step.recovery:
+                step.lost = step.lost or step.executable
+                step.executable = None
+        outputs = self._answer(step, feeds, error)
+        if step.engine not in self._said:
+            self._said.add(step.engine)
+            announce(self._fallback, f"{step.engine} failed and the CPU answered instead: {_one_line(error)}")
+        return outputs
+
+    def _answer(self, step: Step, feeds: Mapping[str, Value], error: Exception) -> Outputs:
+        """Run a segment on its stand-in, and count that."""
         try:
             outputs = self._stand_in(step, error).run(feeds)
         except Exception as second:
@@ -242,9 +258,6 @@ class Session:
                 backend=step.engine,
             ) from error
         next(self._fell_back)
-        if step.engine not in self._said:
-            self._said.add(step.engine)
-            announce(self._fallback, f"{step.engine} failed and the CPU answered instead: {_one_line(error)}")
         return outputs
 
     def _stand_in(self, step: Step, error: BaseException) -> Executable:
@@ -256,13 +269,10 @@ class Session:
 
 def _peek(counter: itertools.count[int]) -> int:
     """Read a counter without advancing it."""
-    value: int = counter.__reduce__()[1][0]  # type: ignore[index]
-    return value
+    return int(counter.__reduce__()[1][0])
 
 
 def _one_line(error: BaseException) -> str:
     text = str(error) if isinstance(error, AccelrtError) else f"{type(error).__name__}: {error}"
     text = " ".join(text.split())
     return text if len(text) <= 400 else text[:397] + "..."
-
-

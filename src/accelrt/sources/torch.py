@@ -93,9 +93,7 @@ def _refuse(path: Path, kind: FileKind | None) -> None:
         "(torch.export.save(program, path)), ONNX, or the torch.nn.Module itself in Python."
     )
     if kind == "pickle":
-        raise SourceError(
-            f"{path} is a Python pickle, which may run any code, and is never loaded.", hint=accepted
-        )
+        raise SourceError(f"{path} is a Python pickle, which may run any code, and is never loaded.", hint=accepted)
     if kind == "aoti-package":
         raise SourceError(
             f"{path} is an AOTInductor package: machine code for one device, with no model left to compile.",
@@ -107,9 +105,7 @@ def _refuse(path: Path, kind: FileKind | None) -> None:
 
 def _require(package: str, source: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise SourceError(
-            f"{source} needs {package}, which is not installed.", hint="Run: pip install accelrt[torch]"
-        )
+        raise SourceError(f"{source} needs {package}, which is not installed.", hint="Run: pip install accelrt[torch]")
 
 
 def _open(path: Path, kind: FileKind | None) -> object:

@@ -20,7 +20,6 @@ from accelrt.backend import (
     Device,
     Engine,
     Executable,
-
     Precision,
     Program,
     Status,
@@ -174,5 +173,3 @@ class FakeBackend(Backend):
         """Return a class of this name that behaves as `FakeConfig` is told; unknown words are a TypeError."""
         config = FakeConfig(**behaviour)  # type: ignore[arg-type]
         return type(f"Fake_{name}", (cls,), {"name": name, "config": config})
-
-

@@ -104,9 +104,7 @@ class Builder:
 
 def parameter_count(model: onnx.ModelProto) -> int:
     """Return the number of trained values, as papers count them: running statistics are left out."""
-    statistics = {
-        name for node in model.graph.node if node.op_type == "BatchNormalization" for name in node.input[3:5]
-    }
+    statistics = {name for node in model.graph.node if node.op_type == "BatchNormalization" for name in node.input[3:5]}
     return sum(
         prod(tensor.dims)
         for tensor in model.graph.initializer
@@ -114,9 +112,7 @@ def parameter_count(model: onnx.ModelProto) -> int:
     )
 
 
-def resnet50(
-    *, batch: Size = "batch", seed: int = 0, classes: int = 1000, image: int = 224
-) -> onnx.ModelProto:
+def resnet50(*, batch: Size = "batch", seed: int = 0, classes: int = 1000, image: int = 224) -> onnx.ModelProto:
     """Build ResNet-50 v1.5: 25,557,032 parameters, 4.1 G multiply-adds an image of 224 by 224.
 
     He et al., *Deep Residual Learning for Image Recognition*, 2015 (arXiv:1512.03385), table 1. "v1.5" has
@@ -152,9 +148,7 @@ def _bottleneck(net: Builder, x: str, channels: int, width: int, stride: int) ->
     return _relu(net, net.node("Add", y, x))
 
 
-def densenet121(
-    *, batch: Size = "batch", seed: int = 0, classes: int = 1000, image: int = 224
-) -> onnx.ModelProto:
+def densenet121(*, batch: Size = "batch", seed: int = 0, classes: int = 1000, image: int = 224) -> onnx.ModelProto:
     """Build DenseNet-121: 7,978,856 parameters, 2.8 G multiply-adds an image of 224 by 224.
 
     Huang et al., *Densely Connected Convolutional Networks*, 2016 (arXiv:1608.06993), table 1: DenseNet-BC
@@ -219,8 +213,7 @@ def bert_base(
         raise ValueError(f"sequence={sequence} is more than BERT's {positions} positions")
     net = Builder("bert", seed)
     ids, attention, types = (
-        net.input(name, (batch, sequence), "int64")
-        for name in ("input_ids", "attention_mask", "token_type_ids")
+        net.input(name, (batch, sequence), "int64") for name in ("input_ids", "attention_mask", "token_type_ids")
     )
 
     with net.scope("embeddings"):
@@ -286,9 +279,7 @@ def mlp(
     for layer, (rows, columns) in enumerate(pairwise(sizes)):
         last = layer == len(sizes) - 2
         weight = net.normal(columns, rows, std=sqrt((1 if last else 2) / rows))
-        x = net.node(
-            "Gemm", x, weight, net.normal(columns, std=0.1, name="bias"), transB=1, name="y" if last else ""
-        )
+        x = net.node("Gemm", x, weight, net.normal(columns, std=0.1, name="bias"), transB=1, name="y" if last else "")
         if not last:
             x = _relu(net, x)
     net.output(x, (batch, outputs))
@@ -325,9 +316,7 @@ def _convolve(net: Builder, x: str, inputs: int, outputs: int, *, kernel: int = 
     removes.
     """
     weight = net.normal(outputs, inputs, kernel, kernel, std=sqrt(2 / (inputs * kernel * kernel)))
-    return net.node(
-        "Conv", x, weight, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[kernel // 2] * 4
-    )
+    return net.node("Conv", x, weight, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[kernel // 2] * 4)
 
 
 def _normalise(net: Builder, x: str, channels: int, *, gain: float = 1.0) -> str:

@@ -1,0 +1,50 @@
+# The README's two commands are `make demo` and `make test`; each makes a virtual environment and installs what it needs.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test suite lint types docs build bench clean
+
+# torch first and from pip: with the pinned release installed, nothing later pulls another build of it.
+$(VENV)/.test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.core:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+demo: $(VENV)/.core
+	$(BIN)/accelrt demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "not suite and not gpu"
+
+# What takes minutes: ONNX's whole backend suite on four targets, and models of gigabytes.
+suite: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "suite"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+docs: $(VENV)/.test
+	$(BIN)/mkdocs build --strict --quiet
+
+build: $(VENV)/.test
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
+bench: $(VENV)/.test
+	for script in predict_overhead import_cost cut_cost reload; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+clean:
+	rm -rf $(VENV) dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
