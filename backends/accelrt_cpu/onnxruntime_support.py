@@ -113,7 +113,7 @@ class Knowledge:
         for version in range(limit, 7, -1):
             try:
                 self._session(model_of(version))
-            except Exception:  # noqa: BLE001, S112 - an unknown version is what is being looked for
+            except Exception:  # noqa: BLE001 - an unknown version is what is being looked for
                 continue
             return version
         return 7

@@ -117,26 +117,21 @@ _REALS = frozenset(
 
 _SAYS_WHERE: dict[str, tuple[int, ...]] = {
     "AffineGrid": (1,), "Attention": (6,), "CenterCropPad": (1,), "ConstantOfShape": (0,), "CumSum": (1,),
-    "Expand": (1,), "EyeLike": (0,), "GRU": (4,), "Gather": (1,), "GatherElements": (1,), "GatherND": (1,),
-    "LSTM": (4,), "Loop": (0,), "MaxUnpool": (1, 2), "NegativeLogLikelihoodLoss": (1,), "NonMaxSuppression": (2,),
-    "OneHot": (0, 1), "Pad": (1, 3), "RNN": (4,), "Range": (0, 1, 2), "ReduceL1": (1,), "ReduceL2": (1,),
+    "Expand": (1,), "EyeLike": (0,), "Gather": (1,), "GatherElements": (1,), "GatherND": (1,),
+    "Loop": (0,), "MaxUnpool": (1, 2), "NegativeLogLikelihoodLoss": (1,), "NonMaxSuppression": (2,),
+    "OneHot": (0, 1), "Pad": (1, 3), "Range": (0, 1, 2), "ReduceL1": (1,), "ReduceL2": (1,),
     "ReduceLogSum": (1,), "ReduceLogSumExp": (1,), "ReduceMax": (1,), "ReduceMean": (1,), "ReduceMin": (1,),
     "ReduceProd": (1,), "ReduceSum": (1,), "ReduceSumSquare": (1,), "Reshape": (1,), "Resize": (3,),
-    "ReverseSequence": (1,), "RotaryEmbedding": (3,), "ScatterElements": (1,), "ScatterND": (1,), "Shape": (0,),
+    "ReverseSequence": (1,), "Scatter": (1,), "ScatterElements": (1,), "ScatterND": (1,), "Shape": (0,),
     "Size": (0,), "Slice": (1, 2, 3, 4), "SoftmaxCrossEntropyLoss": (1,), "Split": (1,), "Squeeze": (1,),
-    "TensorScatter": (2,), "Tile": (1,), "TopK": (1,), "Trilu": (1,), "Unsqueeze": (1,), "Upsample": (1,),
+    "TensorScatter": (2,), "Tile": (1,), "TopK": (1,), "Trilu": (1,), "Unsqueeze": (1,),
 }  # fmt: skip
 """Inputs that index, count or name axes, bounded by the sizes of tensors, or of which only the shape counts."""
 
-_UNBOUNDED = {("Slice", 1), ("Slice", 2), ("Loop", 0), ("NonMaxSuppression", 2)}
+_UNBOUNDED = {("Slice", 1), ("Slice", 2), ("Loop", 0)}
 """Where exporters write 2**63-1 for "to the end": OpenVINO clamps constants, which does not change these."""
 
-_FINDS_PLACES = frozenset(
-    {
-        "Shape", "NonZero", "ArgMax", "ArgMin", "TopK", "Range", "ConstantOfShape", "EyeLike",
-        "NonMaxSuppression",
-    }
-)  # fmt: skip
+_FINDS_PLACES = frozenset({"ArgMax", "ArgMin", "ConstantOfShape", "EyeLike", "NonZero", "Range", "Shape", "TopK"})
 """Operators whose integer outputs are positions or sizes, or as exact as what they are given."""
 
 _WIDE = frozenset({"int32", "int64"})
@@ -255,24 +250,42 @@ def _splits_unevenly(node: Node) -> bool:
     return parts is not None and (size is None or size % int(parts) != 0)
 
 
+def _flattens(node: Node) -> bool:
+    """Whether a softmax of the old form runs over several axes at once."""
+    rank = len(_shape(node, 0) or ())
+    return node.version < 13 and node.attributes.get("axis", 1) % max(rank, 1) != rank - 1
+
+
+def _normalises_otherwise(node: Node) -> bool:
+    open_sizes = not all(isinstance(dim, int) for dim in _shape(node, 0) or (None,))
+    return open_sizes or node.attributes.get("bias", 1.0) != 1.0
+
+
+def _pads_unknown_sizes(node: Node) -> bool:
+    """Whether the padding of a transposed convolution depends on sizes that are open."""
+    derived = node.attributes.get("auto_pad", "NOTSET").startswith("SAME") or "output_shape" in node.attributes
+    return derived and not all(isinstance(dim, int) for dim in (_shape(node, 0) or (None,) * 3)[2:])
+
+
+def _indexes_fewer(node: Node) -> bool:
+    data, indices, axis = _shape(node, 0) or (), _shape(node, 1) or (), node.attributes.get("axis", 0)
+    pairs = list(zip(data, indices, strict=False))
+    pairs.pop(axis)
+    return any(size is None or size != count for size, count in pairs)
+
+
 def _slope_by_channel(node: Node) -> bool:
     """Whether OpenVINO may take a slope of one dimension as one a channel, where ONNX aligns it with the last."""
     data, slope = _shape(node, 0) or (), _shape(node, 1) or ()
     return len(slope) != len(data) and slope not in ((), (1,))
 
 
-def _batchwise(node: Node) -> bool:
-    return bool(node.attributes.get("layout", 0) == 1)
-
-
-def _peeps(node: Node) -> bool:
-    return _present(node, 7)
-
-
-def _ceil_starts_in_padding(node: Node) -> bool:
-    """Whether the last window of a pooling that rounds up may start in the padding, where ONNX drops it."""
+def _ceil_meets_padding(node: Node) -> bool:
+    """Whether the last window of a pooling that rounds up may reach beyond the padding, or start in it."""
     if not node.attributes.get("ceil_mode", 0):
         return False
+    if node.attributes.get("count_include_pad", 0):
+        return True
     kernel = node.attributes["kernel_shape"]
     strides = node.attributes.get("strides", (1,) * len(kernel))
     pads = node.attributes.get("pads", (0,) * 2 * len(kernel))[len(kernel) :]
@@ -300,6 +313,7 @@ def _resizes_otherwise(node: Node) -> bool:
     return (
         bool(node.attributes.get("antialias", 0) or node.attributes.get("exclude_outside", 0))
         or node.attributes.get("keep_aspect_ratio_policy", "stretch") != "stretch"
+        or node.attributes.get("nearest_mode", "") == "round_prefer_ceil"
         or (mode == "align_corners" and _present(node, 2) and not _present(node, 3))
     )
 
@@ -316,23 +330,28 @@ def _trains(node: Node) -> bool:
     return _present(node, 2) and (2 not in node.constants or bool(np.any(node.constants[2])))
 
 
-_SCATTER = (_Deviation(_reduces, "OpenVINO computes reductions of integers without wrapping around"),)
-_POOL = (_Deviation(_ceil_starts_in_padding, "OpenVINO keeps pooling windows that start in the padding"),)
-_RECURRENT = (_Deviation(_batchwise, "OpenVINO computes batch-first recurrent layers (layout=1) wrongly"),)
-_RANDOM = (_Deviation(_always, "OpenVINO draws from a generator of its own, which does not heed the seed"),)
-_FOURIER = (_Deviation(_always, "OpenVINO's Fourier transforms are off by 6e-5 of the largest value"),)
+_ACCUMULATE = (_Deviation(_always, "OpenVINO sums products of integers in float32, which is not exact"),)
 _EXTREME = (
-    _Deviation(_may_be_empty, "OpenVINO gives the lowest float, not an infinity, for an empty set, which this may be"),
+    _Deviation(
+        _may_be_empty,
+        "OpenVINO gives the lowest float, not an infinity, for an empty set, which this may be",
+    ),
 )
-
+_FLATTEN = (
+    _Deviation(_flattens, "OpenVINO takes the softmax of opset 12 and before over one axis, ONNX over the rest"),
+)
+_FOURIER = (_Deviation(_always, "OpenVINO's Fourier transforms are off by 6e-5 of the largest value"),)
+_POOL = (_Deviation(_ceil_meets_padding, "OpenVINO counts padding otherwise when the number of windows is rounded up"),)
 _QUANTISE = (
     _Deviation(
         _always,
-        "OpenVINO multiplies by the inverse of the scale and rounds after adding the zero point: off by one for ties "
-        "and their neighbours",
+        "OpenVINO multiplies by the inverse of the scale and rounds after adding the zero point, which is off "
+        "by one for ties and their neighbours",
     ),
 )
-_ACCUMULATE = (_Deviation(_always, "OpenVINO sums products of integers in float32, which is not exact"),)
+_RANDOM = (_Deviation(_always, "OpenVINO draws from a generator of its own, which does not heed the seed"),)
+_RECURRENT = (_Deviation(_always, "OpenVINO computes recurrent layers wrongly in a program exported and imported"),)
+_SCATTER = (_Deviation(_reduces, "OpenVINO computes reductions of integers without wrapping around"),)
 
 _TABLE: dict[str, tuple[_Deviation, ...]] = {
     "Attention": (
@@ -342,54 +361,59 @@ _TABLE: dict[str, tuple[_Deviation, ...]] = {
         ),
         _Deviation(
             _attention_groups,
-            "OpenVINO fails at run if heads share keys (GQA), unless all sizes are static; here it is not known "
-            "that each has its own",
+            "OpenVINO fails at run where heads share keys and sizes are open; each head is not known to have its own",
         ),
     ),
     "AveragePool": _POOL,
     "Bernoulli": _RANDOM,
-    "ConvInteger": _ACCUMULATE,
-    "MatMulInteger": _ACCUMULATE,
-    "PRelu": (
-        _Deviation(_slope_by_channel, "OpenVINO aligns the slope of PRelu with the channels, ONNX with the end"),
-    ),
-    "Split": (_Deviation(_splits_unevenly, "OpenVINO fails at run if a size of unknown evenness is split by number"),),
     "ConstantOfShape": (_Deviation(_wide_fill, "OpenVINO computes int64 as int32, and the value exceeds it"),),
+    "ConvInteger": _ACCUMULATE,
+    "ConvTranspose": (_Deviation(_pads_unknown_sizes, "OpenVINO pads a transposed convolution of open sizes wrongly"),),
     "DFT": _FOURIER,
     "Dropout": (_Deviation(_trains, "OpenVINO has no Dropout for training"),),
     "DynamicQuantizeLinear": _QUANTISE,
     "GRU": _RECURRENT,
-    "LSTM": (*_RECURRENT, _Deviation(_peeps, "OpenVINO leaves out the peepholes of LSTM")),
+    "GatherElements": (_Deviation(_indexes_fewer, "OpenVINO demands as many indices as elements on all other axes"),),
+    "Hardmax": _FLATTEN,
+    "LRN": (_Deviation(_normalises_otherwise, "OpenVINO ignores the bias of LRN and fails at run if sizes are open"),),
+    "LSTM": _RECURRENT,
+    "LogSoftmax": _FLATTEN,
     "LpPool": _POOL,
+    "MatMulInteger": _ACCUMULATE,
     "MaxPool": _POOL,
     "Multinomial": _RANDOM,
     "NonMaxSuppression": (
-        _Deviation(_always, "OpenVINO drops boxes whose overlap equals the threshold, which ONNX keeps"),
+        _Deviation(_always, "OpenVINO keeps boxes otherwise where the overlap equals the threshold"),
+    ),
+    "PRelu": (
+        _Deviation(_slope_by_channel, "OpenVINO aligns the slope of PRelu with the channels, ONNX with the end"),
     ),
     "Pad": (_Deviation(_pads_with_wide_value, "OpenVINO passes the value that Pad fills with through float32"),),
+    "QLinearConv": _QUANTISE,
+    "QLinearMatMul": _QUANTISE,
+    "QuantizeLinear": _QUANTISE,
     "RNN": _RECURRENT,
     "RandomNormal": _RANDOM,
     "RandomNormalLike": _RANDOM,
     "RandomUniform": _RANDOM,
     "RandomUniformLike": _RANDOM,
-    "QLinearConv": _QUANTISE,
-    "QLinearMatMul": _QUANTISE,
-    "QuantizeLinear": _QUANTISE,
     "Range": (_Deviation(_half, "OpenVINO counts the steps of a half-precision Range wrongly"),),
     "ReduceMax": _EXTREME,
     "ReduceMin": _EXTREME,
     "Resize": (
         _Deviation(
             _resizes_otherwise,
-            "OpenVINO resizes otherwise with antialias, exclude_outside, a kept aspect ratio, and with scales "
-            "that align corners",
+            "OpenVINO resizes otherwise with antialias, exclude_outside, round_prefer_ceil, a kept aspect ratio, "
+            "and with scales that align corners",
         ),
     ),
     "RotaryEmbedding": (_Deviation(_always, "OpenVINO computes RotaryEmbedding wrongly"),),
     "STFT": _FOURIER,
     "ScatterElements": _SCATTER,
     "ScatterND": _SCATTER,
+    "Softmax": _FLATTEN,
     "SpaceToDepth": (_Deviation(_column_first, "OpenVINO knows SpaceToDepth without its mode CRD"),),
+    "Split": (_Deviation(_splits_unevenly, "OpenVINO fails at run where a number of parts does not divide the size"),),
     "Tile": (
         _Deviation(
             _repeats_unknown,

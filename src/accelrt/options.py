@@ -86,9 +86,10 @@ def from_json(cls: type, data: Mapping[str, Any]) -> Any:
     """Rebuild an engine's options from an artifact.
 
     Raises:
-        OptionError: The artifact holds an option that this engine does not know.
+        OptionError: The artifact holds an option that this engine does not know, or a value of the wrong type.
     """
     try:
-        return cls(**data)
-    except TypeError as error:
+        known = {known.name: known for known in fields(cls)}
+        return cls(**{key: _checked(key, value, known[key]) if key in known else value for key, value in data.items()})
+    except (TypeError, AttributeError) as error:
         raise OptionError(f"The artifact holds options that {cls.__name__} does not know: {error}.") from error

@@ -194,7 +194,7 @@ class Cache:
                 total -= size
 
     def _remove_unused(self, folder: Path) -> bool:
-        """Remove an entry unless some process holds it; it is moved away first, so that nobody finds it half removed."""
+        """Remove an entry unless some process holds it; moved away first, so that nobody finds it half removed."""
         try:
             with (folder / _STAMP).open() as stamp:
                 fcntl.flock(stamp, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -136,11 +136,11 @@ def _messages_on_stderr() -> Iterator[None]:
     logger.addHandler(handler)
     show = warnings.showwarning
 
-    def show_plainly(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    def show_plainly(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         if issubclass(category, AccelrtWarning):
             print(f"warning: {message}", file=sys.stderr)
         else:
-            show(message, category, *rest)
+            show(message, category, *rest, **more)
 
     warnings.showwarning = show_plainly
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from accelrt.artifact.artifact import Artifact
 
 
-class Fallback(str, Enum):
+class Fallback(StrEnum):
     """The policies of `accelrt.policy`, spelt out so that ``--help`` shows them and typer checks them."""
 
     warn = "warn"

@@ -40,7 +40,7 @@ def doctor(
     if as_json:
         print_json({**_surroundings(), "backends": [_to_json(info) for info in chosen], "problem": problem})
     else:
-        _show(chosen, problem)
+        _show(name, chosen, problem)
     if problem:
         raise typer.Exit(FAILED)
 
@@ -140,7 +140,7 @@ def _to_json(info: BackendInfo) -> dict[str, Any]:
     }
 
 
-def _show(chosen: list[BackendInfo], problem: str | None) -> None:
+def _show(name: str | None, chosen: list[BackendInfo], problem: str | None) -> None:
     from rich.text import Text
 
     console = out()
@@ -152,9 +152,10 @@ def _show(chosen: list[BackendInfo], problem: str | None) -> None:
         console.print()
         for part in _describe(info):
             console.print(part)
-    if problem:
+    if problem or name is not None:
+        verdict = Text(problem, style="bold red") if problem else Text(f"{name} is usable.", style="green")
         console.print()
-        console.print(Text(problem, style="bold red"), soft_wrap=True)
+        console.print(verdict, soft_wrap=True)
 
 
 def _describe(info: BackendInfo) -> list[RenderableType]:

@@ -94,8 +94,8 @@ def _only(content: Mapping[str, Value], file: str) -> Value:
 def random_inputs(signature: Signature, sizes: Mapping[str, int], seed: int) -> dict[str, Value]:
     """Draw a value for every input.
 
-    Floats are standard normal, integers 0 or 1 (so that they can be indices of anything), booleans either; a sequence has two
-    elements; a dimension is what ``sizes`` says, else 1.
+    Floats are standard normal, integers 0 or 1 (so that they can be indices of anything), booleans either; a sequence
+    has two elements; a dimension is what ``sizes`` says, else 1.
 
     Raises:
         InputError: ``sizes`` names a dimension that no input has, or the rank of an input is unknown.
@@ -183,20 +183,24 @@ def plain_array(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def write_npz(path: Path, outputs: Mapping[str, Value]) -> None:
-    """Write outputs to an ``.npz``: the elements of a sequence as ``name.0``, ``name.1``; an empty optional is left out.
+    """Write outputs to an ``.npz``: elements of a sequence as ``name.0``, ``name.1``; an empty optional is left out.
 
     Raises:
         AccelrtError: The file cannot be written.
     """
-    import numpy as np
+    import zipfile
+
+    from numpy.lib.format import write_array
 
     arrays: dict[str, Any] = {}
     for name, value in outputs.items():
         _flatten(name, value, arrays)
     try:
-        # An open file, because given a name numpy adds a suffix; as data, because a name may be `file`.
-        with path.open("wb") as file:
-            _savez(np, file, arrays)
+        # Not numpy.savez: it takes names as keyword arguments, and some are its own.
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    write_array(member, array, allow_pickle=False)
     except OSError as error:
         raise AccelrtError(f"The outputs cannot be written to {path}: {error.strerror or error}") from error
 

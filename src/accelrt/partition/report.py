@@ -89,13 +89,10 @@ class Placement:
             KeyError, TypeError, ValueError: ``data`` is not what `to_json` writes.
         """
         return cls(
-            str(data["target"]),
-            str(data["primary"]),
-            tuple(
-                SegmentPlace(**{**segment, "nodes": tuple(NodePlace(**node) for node in segment["nodes"])})
-                for segment in data["segments"]
-            ),
-            tuple(Refusal(**refusal) for refusal in data["refusals"]),
+            _texts(data, "target")[0],
+            _texts(data, "primary")[0],
+            tuple(_segment(segment) for segment in data["segments"]),
+            tuple(Refusal(*_texts(refusal, "node", "kind", "engine", "reason")) for refusal in data["refusals"]),
         )
 
     def render(self, *, reasons: int = 20) -> RenderableType:
@@ -109,7 +106,9 @@ class Placement:
         from rich.text import Text
 
         total = sum(self.nodes_by_engine.values())
-        table = Table(title=f"{self.target}: {total} nodes in {len(self.segments)} segments", title_justify="left")
+        # Names come from models and hold brackets, which rich would take for markup: `Text` keeps it from that.
+        title = Text(f"{self.target}: {total} nodes in {len(self.segments)} segments")
+        table = Table(title=title, title_justify="left")
         for heading in ("#", "engine", "precision"):
             table.add_column(heading, no_wrap=True)
         for heading in ("nodes", "weights", "in", "out"):
@@ -120,12 +119,12 @@ class Placement:
             table.add_row(
                 str(index),
                 Text(segment.engine + mark, style="" if segment.engine == self.primary else "yellow"),
-                segment.precision,
+                Text(segment.precision),
                 str(len(segment.nodes)),
                 human_bytes(segment.weight_bytes),
                 human_bytes(segment.bytes_in),
                 human_bytes(segment.bytes_out),
-                _operators(segment.nodes),
+                Text(_operators(segment.nodes)),
             )
         parts: list[RenderableType] = [table, Text(self._summary(total))]
         if groups := self._groups():
@@ -148,6 +147,7 @@ class Placement:
 
     def _refusal_table(self, groups: Sequence[tuple[str, str, str, list[str]]], limit: int) -> RenderableType:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title="Refused", title_justify="left")
         for heading in ("engine", "operator"):
@@ -156,7 +156,7 @@ class Placement:
         table.add_column("for example", overflow="fold")
         table.add_column("reason", overflow="fold", ratio=1)
         for engine, kind, reason, names in groups[:limit]:
-            table.add_row(engine, kind, str(len(names)), names[0], reason)
+            table.add_row(Text(engine), Text(kind), str(len(names)), Text(names[0]), Text(reason))
         if len(groups) > limit:
             table.add_row("", "", "", "", f"and {len(groups) - limit} more kinds; `placement` holds all")
         return table
@@ -168,6 +168,25 @@ class Placement:
         stream = StringIO()
         Console(file=stream, width=width, color_system=None).print(self.render())
         return stream.getvalue().rstrip()
+
+
+def _segment(data: Mapping[str, Any]) -> SegmentPlace:
+    sizes = [data["weight_bytes"], data["bytes_in"], data["bytes_out"]]
+    if not all(type(size) is int or (size is None and sizes[0] is not None) for size in sizes):
+        raise TypeError(f"{sizes!r} are not sizes in bytes")
+    return SegmentPlace(
+        *_texts(data, "engine", "device_kind", "precision"),
+        bool(data["emulated"]),
+        tuple(NodePlace(*_texts(node, "name", "kind")) for node in data["nodes"]),
+        *sizes,
+    )
+
+
+def _texts(data: Mapping[str, Any], *names: str) -> list[str]:
+    values = [data[name] for name in names]
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{values!r} are not all text")
+    return values
 
 
 def _operators(nodes: Sequence[NodePlace]) -> str:

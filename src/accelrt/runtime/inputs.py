@@ -151,7 +151,8 @@ def _from_foreign(value: Any, port: Port) -> np.ndarray[Any, Any]:
 
 def _from_python(value: Any, type_: TensorType, dtype: np.dtype[Any], port: Port) -> np.ndarray[Any, Any]:
     try:
-        array = np.array(value)
+        # As objects, text keeps numbers among it from becoming text as well.
+        array = np.array(value, object if type_.dtype == "string" else None)
     except ValueError as error:
         raise _misfit(port, f"a ragged list: {error}") from error
     if type_.dtype == "string":
@@ -160,7 +161,11 @@ def _from_python(value: Any, type_: TensorType, dtype: np.dtype[Any], port: Port
         raise _misfit(port, f"a {type(value).__name__} that holds other things than numbers")
     if array.size and not _takes(dtype, array):
         raise _misfit(port, f"Python values of kind {array.dtype.name}, which {type_.dtype} cannot hold exactly")
-    return array.astype(dtype)
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if _integer_limits(dtype) is None and not np.array_equal(np.isfinite(converted), np.isfinite(array)):
+        raise _misfit(port, f"Python values up to {np.abs(array).max():g}, too large for {type_.dtype}")
+    return converted
 
 
 def _takes(dtype: np.dtype[Any], array: np.ndarray[Any, Any]) -> bool:
@@ -168,19 +173,34 @@ def _takes(dtype: np.dtype[Any], array: np.ndarray[Any, Any]) -> bool:
     kind = array.dtype.kind
     if dtype.kind == "b" or kind == "b":
         return dtype.kind == kind
-    if dtype.kind in "iu":
-        return kind in "iu" and bool(np.iinfo(dtype).min <= array.min() and array.max() <= np.iinfo(dtype).max)
+    if (limits := _integer_limits(dtype)) is not None:
+        return kind in "iu" and bool(limits[0] <= array.min() and array.max() <= limits[1])
     if dtype.kind == "c":
         return True
     return kind in "iuf"  # floating types, ml_dtypes' among them
 
 
+def _integer_limits(dtype: np.dtype[Any]) -> tuple[int, int] | None:
+    """Return the least and the greatest number of an integer type, None for other types."""
+    if dtype.kind in "iu":
+        return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+    if dtype.name in ("int2", "int4", "uint2", "uint4"):  # of ml_dtypes, which numpy takes for no kind of number
+        bits = int(dtype.name[-1])
+        return (0, 2**bits - 1) if dtype.name[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return None
+
+
 def _text(array: np.ndarray[Any, Any], port: Port) -> np.ndarray[Any, Any]:
-    if array.dtype.kind == "S":
-        array = np.char.decode(array, "utf-8")
-    if array.dtype.kind not in "UTO" or not all(isinstance(item, str) for item in array.flat):
-        raise _misfit(port, f"an array of {array.dtype}, not of text")
-    return array.astype(object)
+    texts = array.astype(object)
+    try:
+        for index, item in enumerate(texts.flat):
+            if isinstance(item, bytes):
+                texts.flat[index] = item.decode()
+            elif not isinstance(item, str):
+                raise _misfit(port, f"an array of {array.dtype} that holds {item!r}, which is no text")
+    except UnicodeDecodeError as error:
+        raise _misfit(port, f"bytes that are no UTF-8: {error}") from error
+    return texts
 
 
 def _check_shape(array: np.ndarray[Any, Any], type_: TensorType, port: Port) -> None:

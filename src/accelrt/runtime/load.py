@@ -17,6 +17,7 @@ from accelrt.errors import (
     ArtifactError,
     BackendUnavailable,
     CoresUnavailable,
+    CorruptArtifact,
     DeviceError,
     IncompatibleProgram,
     RegistryError,
@@ -89,10 +90,8 @@ def _difference(compiled: Mapping[str, str], present: Mapping[str, str]) -> str:
 
 def _rebuilt(artifact: Artifact, target: Target, reason: AccelrtError, fallback: Fallback) -> Artifact:
     """Compile the source graph again: for the same target if its engine is usable, else for the CPU."""
-    from accelrt.artifact.build import (
-        BuildRequest,
-        build,
-    )  # brings in the graph libraries, which loading can do without
+    # Brings in the graph libraries, which loading can do without.
+    from accelrt.artifact.build import BuildRequest, build
 
     if fallback == "error" or not artifact.manifest.has_source:
         if not artifact.manifest.has_source:
@@ -129,12 +128,9 @@ class _Loader:
 
     def session(self) -> Session:
         steps: list[Step] = []
-        fallbacks = 0
         try:
             for index, segment in enumerate(self.artifact.manifest.segments):
-                step, fell_back = self._step(index, segment)
-                steps.append(step)
-                fallbacks += fell_back
+                steps.append(self._step(index, segment))
         except BaseException:
             for step in steps:
                 for executable in (step.executable, step.stand_in):
@@ -144,12 +140,11 @@ class _Loader:
         self._mark_spent(steps)
         workers = max((find_engine(REGISTRY.backend(s.backend), s.engine).caps.parallelism
                        for s in self.artifact.manifest.segments), default=1)  # fmt: skip
-        signature = self.artifact.signature
         return Session(
-            signature, steps, fallback=self.fallback, workers=workers, keep=self.artifact, fallbacks=fallbacks
+            self.artifact.signature, steps, fallback=self.fallback, workers=workers, keep=self.artifact
         )
 
-    def _step(self, index: int, segment: SegmentRecord) -> tuple[Step, bool]:
+    def _step(self, index: int, segment: SegmentRecord) -> Step:
         engine = find_engine(REGISTRY.backend(segment.backend), segment.engine)
         lock = None if engine.caps.concurrent else threading.Lock()
 
@@ -158,15 +153,14 @@ class _Loader:
 
         step = Step(segment.name, None, segment.signature.input_names, segment.signature.output_names, recover, lock)
         try:
-            step.executable = engine.load(self._program(segment, engine), self._devices(segment))
+            step.executable = _load(engine, self._program(segment, engine), self._devices(segment))
         except (DeviceError, IncompatibleProgram) as error:
             asked_for = isinstance(error, CoresUnavailable) and self.explicit
             if self.fallback == "error" or asked_for:
                 raise
             step.stand_in = self._stand_in(index, error)
             announce(self.fallback, f"{segment.name} cannot take its segment; the CPU runs it: {error}")
-            return step, True
-        return step, False
+        return step
 
     def _program(self, segment: SegmentRecord, engine: Engine) -> Program:
         files = program_files(self.artifact.folder, segment)
@@ -192,7 +186,12 @@ class _Loader:
             ) from error
         graph = self.artifact.source_graph()
         numbers = {node.name: number for number, node in enumerate(graph.nodes)}
-        nodes = [numbers[node.name] for node in self.artifact.placement.segments[index].nodes]
+        try:
+            nodes = [numbers[node.name] for node in self.artifact.placement.segments[index].nodes]
+        except (IndexError, KeyError) as mismatch:
+            raise CorruptArtifact(
+                f"The placement of the artifact does not fit its source graph: {mismatch!r}."
+            ) from mismatch
         candidates = tuple(c for c in REGISTRY.candidates(Target(CPU)) if c.name != segment.name)
         request = BuildRequest(CPU, candidates, option_module.resolve(None, candidates), "onnx")
         artifact = build(graph.extract(nodes), request, fallback="allow")
@@ -205,6 +204,18 @@ class _Loader:
             touched = {*segment.signature.input_names, *segment.signature.output_names}
             step.spent = tuple(sorted(touched - needed))
             needed |= touched
+
+
+def _load(engine: Engine, program: Program, devices: Sequence[Device]) -> Executable:
+    try:
+        return engine.load(program, devices)
+    except AccelrtError:
+        raise
+    except Exception as error:
+        # The contract names what may be raised; files made to be wrong bring out the rest.
+        raise IncompatibleProgram(
+            f"{engine.name} cannot load the program: {type(error).__name__}: {error}", backend=engine.name
+        ) from error
 
 
 class _Nested(Executable):
