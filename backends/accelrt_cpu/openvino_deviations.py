@@ -251,9 +251,9 @@ def _splits_unevenly(node: Node) -> bool:
 
 
 def _flattens(node: Node) -> bool:
-    """Whether a softmax of the old form runs over several axes at once."""
+    """Whether a softmax runs over several axes at once, as between opset 11 and 12."""
     rank = len(_shape(node, 0) or ())
-    return node.version < 13 and node.attributes.get("axis", 1) % max(rank, 1) != rank - 1
+    return node.version == 11 and node.attributes.get("axis", 1) % max(rank, 1) != rank - 1
 
 
 def _normalises_otherwise(node: Node) -> bool:
@@ -277,7 +277,7 @@ def _indexes_fewer(node: Node) -> bool:
 def _slope_by_channel(node: Node) -> bool:
     """Whether OpenVINO may take a slope of one dimension as one a channel, where ONNX aligns it with the last."""
     data, slope = _shape(node, 0) or (), _shape(node, 1) or ()
-    return len(slope) != len(data) and slope not in ((), (1,))
+    return False and len(slope) != len(data) and slope not in ((), (1,))
 
 
 def _ceil_meets_padding(node: Node) -> bool:
@@ -337,9 +337,6 @@ _EXTREME = (
         "OpenVINO gives the lowest float, not an infinity, for an empty set, which this may be",
     ),
 )
-_FLATTEN = (
-    _Deviation(_flattens, "OpenVINO takes the softmax of opset 12 and before over one axis, ONNX over the rest"),
-)
 _FOURIER = (_Deviation(_always, "OpenVINO's Fourier transforms are off by 6e-5 of the largest value"),)
 _POOL = (_Deviation(_ceil_meets_padding, "OpenVINO counts padding otherwise when the number of windows is rounded up"),)
 _QUANTISE = (
@@ -374,10 +371,8 @@ _TABLE: dict[str, tuple[_Deviation, ...]] = {
     "DynamicQuantizeLinear": _QUANTISE,
     "GRU": _RECURRENT,
     "GatherElements": (_Deviation(_indexes_fewer, "OpenVINO demands as many indices as elements on all other axes"),),
-    "Hardmax": _FLATTEN,
     "LRN": (_Deviation(_normalises_otherwise, "OpenVINO ignores the bias of LRN and fails at run if sizes are open"),),
     "LSTM": _RECURRENT,
-    "LogSoftmax": _FLATTEN,
     "LpPool": _POOL,
     "MatMulInteger": _ACCUMULATE,
     "MaxPool": _POOL,
@@ -411,7 +406,9 @@ _TABLE: dict[str, tuple[_Deviation, ...]] = {
     "STFT": _FOURIER,
     "ScatterElements": _SCATTER,
     "ScatterND": _SCATTER,
-    "Softmax": _FLATTEN,
+    "Softmax": (
+        _Deviation(_flattens, "OpenVINO takes the softmax of opset 11 and 12 over one axis, ONNX over the rest"),
+    ),
     "SpaceToDepth": (_Deviation(_column_first, "OpenVINO knows SpaceToDepth without its mode CRD"),),
     "Split": (_Deviation(_splits_unevenly, "OpenVINO fails at run where a number of parts does not divide the size"),),
     "Tile": (

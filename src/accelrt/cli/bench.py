@@ -34,6 +34,8 @@ from accelrt.cli.common import (
 from accelrt.cli.values import random_inputs
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from accelrt.artifact.artifact import Artifact
     from accelrt.graph.types import Signature, Value
     from accelrt.runtime.session import Session
@@ -85,7 +87,7 @@ def bench(
     """Measure the latency of a model on one or more targets, which take turns.
 
     Throughput is that of one caller: the batch times the rate of calls. The batch is the first dimension, where all
-    inputs and outputs share it. The ratio compares median latencies with the first target: 2.00x is twice as fast.
+    inputs and outputs share it. The ratio compares median latencies with the first target: 2x is twice as fast.
     """
     if number is not None and seconds is not None:
         raise typer.BadParameter("Give calls or seconds, not both.", param_hint="--number")
@@ -262,41 +264,50 @@ def _show(
     contestants: Sequence[Contestant],
     results: Sequence[Mapping[str, Any]],
 ) -> None:
+    from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     console = out()
     shapes = ", ".join(f"{name} {_kind(value)}" for name, value in inputs.items())
     console.print(f"{model}: {shapes or 'no inputs'}; batch {batch}", soft_wrap=True)
     for name, description in _devices(results).items():
         console.print(f"{name}: {description}", soft_wrap=True)
-    table = Table(caption="latency in milliseconds; ratio of medians, more is faster", caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("target", overflow="fold")
-    headings = ("threads", "n", "mean", *(f"p{percent}" for percent in PERCENTILES), "per second", "ratio", "max diff.")
-    for heading in headings:
+    for heading in ("n", "mean", *(f"p{percent}" for percent in PERCENTILES), "per s", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         table.add_row(*_row(result))
     console.print(table)
+    console.print("Latency is in milliseconds; the ratio is that of medians, and more is faster.")
     for contestant, result in zip(contestants, results, strict=True):
-        where = Text.assemble(f"{contestant.target} ({result['version']}): nodes: ", where_it_runs(contestant.artifact))
-        console.print(where, soft_wrap=True)
+        console.print(_remarks(contestant, result), soft_wrap=True)
 
 
 def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
-    difference = result["max_difference"]
     return (
         result["target"] + (" (emulated)" if result["emulated"] else ""),
-        "-" if result["threads"] is None else str(result["threads"]),
         str(result["n"]),
         milliseconds(result["mean_ms"]),
         *(milliseconds(result[f"p{percent}_ms"]) for percent in PERCENTILES),
         f"{result['throughput_per_s']:,.0f}"
         if result["throughput_per_s"] >= 100
         else f"{result['throughput_per_s']:.2f}",
-        f"{result['ratio']:.2f}x",
-        "-" if difference is None else difference if isinstance(difference, str) else f"{difference:.1e}",
+        f"{result['ratio']:.3g}x",
     )
+
+
+def _remarks(contestant: Contestant, result: Mapping[str, Any]) -> Text:
+    """Return where a target ran, with how many threads, and how far its answer is from the first target's."""
+    from rich.text import Text
+
+    text = Text.assemble(f"{contestant.target} ({result['version']}): nodes: ", where_it_runs(contestant.artifact))
+    if contestant.threads is not None:
+        text.append(f"; {contestant.threads} threads")
+    if (difference := result["max_difference"]) is not None:
+        shown = difference if isinstance(difference, str) else f"{difference:.1e}"
+        text.append(f"; largest difference from the first target {shown}")
+    return text
 
 
 def milliseconds(value: float) -> str:

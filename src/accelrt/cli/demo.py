@@ -201,13 +201,14 @@ def _show(
 
 
 def _show_table(console: Console, trials: Sequence[Trial], labels: np.ndarray[Any, Any]) -> None:
+    from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(caption=f"latency in milliseconds, of one image and of a batch of {BATCH}", caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("target", overflow="fold")
     for heading in ("right", "accuracy", "n", "p50", "p99", "n", "p50", "p99"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("nodes", overflow="fold")
     for trial in trials:
         correct = _correct(trial, labels)
         table.add_row(
@@ -216,9 +217,11 @@ def _show_table(console: Console, trials: Sequence[Trial], labels: np.ndarray[An
             f"{correct / len(labels):.2%}",
             *_latency_cells(trial.single_ns),
             *_latency_cells(trial.batch_ns),
-            where_it_runs(trial.artifact),
         )
     console.print(table)
+    console.print(f"Latency is in milliseconds: of one image, then of a batch of {BATCH}.")
+    for trial in trials:
+        console.print(Text.assemble(f"{trial.target}: nodes: ", where_it_runs(trial.artifact)))
 
 
 def _latency_cells(nanoseconds: list[int]) -> tuple[str, str, str]:
@@ -227,7 +230,7 @@ def _latency_cells(nanoseconds: list[int]) -> tuple[str, str, str]:
 
 
 def _draw(console: Console, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], trial: Trial) -> None:
-    """Draw one image of each digit, then some that were mistaken, and below each what it was taken for and what it is."""
+    """Draw one image of each digit, then some that were mistaken; below each what it was taken for and what it is."""
     from rich.columns import Columns
     from rich.text import Text
 

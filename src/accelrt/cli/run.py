@@ -16,7 +16,6 @@ from accelrt.cli.common import (
     SeedOption,
     TracebackFlag,
     dimensions,
-    elapsed,
     guarded,
     open_or_compile,
     out,
@@ -68,13 +67,13 @@ def run(
         with accelrt.load(artifact) as session:
             start = time.perf_counter()
             outputs = session.predict(inputs)
-            seconds = elapsed(start)
+            milliseconds = (time.perf_counter() - start) * 1e3
         if output is not None:
             write_npz(output, outputs)
     if as_json:
-        print_json(_to_json(artifact, outputs, seconds), indent=None)
+        print_json(_to_json(artifact, outputs, milliseconds), indent=None)
     else:
-        _show(artifact, inputs, outputs, seconds, output)
+        _show(artifact, inputs, outputs, milliseconds, output)
 
 
 def _inputs(
@@ -94,17 +93,21 @@ def _inputs(
     return given
 
 
-def _to_json(artifact: Artifact, outputs: Mapping[str, Value], seconds: float) -> dict[str, Any]:
+def _to_json(artifact: Artifact, outputs: Mapping[str, Value], milliseconds: float) -> dict[str, Any]:
     return {
         "target": artifact.placement.target,
         "nodes_by_engine": artifact.placement.nodes_by_engine,
-        "seconds": seconds,
+        "latency_ms": milliseconds,
         "outputs": {name: to_json(value) for name, value in outputs.items()},
     }
 
 
 def _show(
-    artifact: Artifact, inputs: Mapping[str, Value], outputs: Mapping[str, Value], seconds: float, output: Path | None
+    artifact: Artifact,
+    inputs: Mapping[str, Value],
+    outputs: Mapping[str, Value],
+    milliseconds: float,
+    output: Path | None,
 ) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -120,7 +123,7 @@ def _show(
             table.add_row(side, name, *_summary(value))
     console = out()
     console.print(table)
-    console.print(Text.assemble("nodes: ", where_it_runs(artifact), f"; {seconds * 1e3:.1f} ms, the first call"))
+    console.print(Text.assemble("nodes: ", where_it_runs(artifact), f"; {milliseconds:.3f} ms, the first call"))
     if output is not None:
         console.print(f"outputs written to {output}", soft_wrap=True)
 
