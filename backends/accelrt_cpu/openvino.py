@@ -41,13 +41,13 @@ from accelrt.errors import (
     OutOfDeviceMemory,
 )
 from accelrt.graph.node import Node
-from accelrt.graph.types import Port, Signature, TensorType, Value, numpy_dtype
+from accelrt.graph.types import Dim, Port, Signature, TensorType, Value, numpy_dtype
 from accelrt_cpu.isa import instruction_set
 from accelrt_cpu.openvino_deviations import deviation
 
 _DEVICE = "CPU"
 _BLOB = "model.blob"
-_PROBE_S, _TRIAL_S = 120.0, 600.0
+_PROBE_S, _TRIAL_S = 120.0, 300.0
 _OPSET, _IR_VERSION = 28, 14
 """The newest versions of ONNX on which the engine was checked: OpenVINO itself never refuses a version."""
 
@@ -116,6 +116,8 @@ class OpenVinoEngine(Engine):
         return [SUPPORTED if reason is None else Verdict.refuse(reason) for reason in reasons]
 
     def compile(self, job: CompileJob, out: Path) -> Program:
+        if job.precision != "fp32":
+            raise CompileError(f"Precision {job.precision} is not offered by this engine.", backend=self.name)
         isolation.call(
             f"{__name__}:build",
             model=str(job.model),
@@ -181,7 +183,7 @@ def _try_out(models: Sequence[bytes]) -> list[str | None]:
         return reasons
     except IsolatedError as error:
         if len(models) == 1:
-            return [f"OpenVINO crashed on trial: {error.message}"]
+            return [f"OpenVINO did not survive the trial: {error.message}"]
         middle = len(models) // 2
         return _try_out(models[:middle]) + _try_out(models[middle:])
 
@@ -358,6 +360,7 @@ class _Resident(Executable):
         if len(outputs) != len(signature.outputs):
             raise IncompatibleProgram("The program has not the outputs it is to have.", backend="openvino")
         self._inputs = [(index, port.name, _dtype(port)) for index, port in inputs]
+        self._empty = {port.name for port in signature.inputs if 0 in _shape(port)}
         self._outputs = [(index, port.name, _dtype(port)) for index, port in outputs]
         self._idle: deque[Any] = deque()  # append and pop are atomic
 
@@ -375,6 +378,12 @@ class _Resident(Executable):
 
     def _share(self, name: str, value: Value, dtype: str) -> Any:
         """Return a tensor over an array's memory; a read-only array cannot be shared and is copied."""
+        if not value.size and name not in self._empty:
+            raise ExecutionError(
+                f"The input {name!r} of shape {list(value.shape)} is empty, which OpenVINO gets wrong or crashes on.",
+                hint="Run the model on cpu/onnxruntime.",
+                backend=OpenVinoEngine.name,
+            )
         if dtype == "int64" and _exceeds_int32(value):
             raise ExecutionError(
                 f"The input {name!r} holds integers that exceed 32 bits, in which OpenVINO computes int64.",
@@ -402,6 +411,10 @@ def _places(compiled: Any, signature: Signature) -> tuple[list[tuple[int, Port]]
 
 def _dtype(port: Port) -> str:
     return port.type.dtype if isinstance(port.type, TensorType) else ""
+
+
+def _shape(port: Port) -> tuple[Dim, ...]:
+    return (port.type.shape or ()) if isinstance(port.type, TensorType) else ()
 
 
 def _copy(tensor: Any, dtype: str) -> Value:

@@ -28,13 +28,8 @@ from typing import Annotated
 import typer
 
 import accelrt
-from accelrt.cli.bench import bench
-from accelrt.cli.common import INTERRUPTED, discard_stdout
-from accelrt.cli.compile import compile_
-from accelrt.cli.demo import demo
-from accelrt.cli.doctor import doctor
-from accelrt.cli.explain import explain
-from accelrt.cli.run import run
+from accelrt.cli import bench, compile, demo, doctor, explain, run
+from accelrt.cli.common import INTERRUPTED, discard_stdout, flush_stdout
 
 EPILOG = (
     "Exit codes: 0 fine; 1 what was asked about is not usable, or a check failed; 2 wrong usage; 3 accelrt refused or "
@@ -66,12 +61,12 @@ def _app(
     """One model in, any accelerator under it: compile, explain, run and measure."""
 
 
-app.command("doctor")(doctor)
-app.command("compile")(compile_)
-app.command("explain")(explain)
-app.command("run")(run)
-app.command("bench")(bench)
-app.command("demo")(demo)
+app.command("doctor")(doctor.doctor)
+app.command("compile")(compile.compile_)
+app.command("explain")(explain.explain)
+app.command("run")(run.run)
+app.command("bench")(bench.bench)
+app.command("demo")(demo.demo)
 
 
 def main() -> None:
@@ -83,6 +78,6 @@ def main() -> None:
     finally:
         # Text still in the buffer would raise when the interpreter shuts down, where nothing can catch it.
         try:
-            sys.stdout.flush()
+            flush_stdout()
         except BrokenPipeError:
             discard_stdout()

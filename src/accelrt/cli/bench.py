@@ -27,6 +27,7 @@ from accelrt.cli.common import (
     number_or_text,
     open_or_compile,
     out,
+    plain_table,
     print_json,
     where_it_runs,
     working,
@@ -264,15 +265,12 @@ def _show(
     contestants: Sequence[Contestant],
     results: Sequence[Mapping[str, Any]],
 ) -> None:
-    from rich import box
-    from rich.table import Table
-
     console = out()
     shapes = ", ".join(f"{name} {_kind(value)}" for name, value in inputs.items())
     console.print(f"{model}: {shapes or 'no inputs'}; batch {batch}", soft_wrap=True)
     for name, description in _devices(results).items():
         console.print(f"{name}: {description}", soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = plain_table()
     table.add_column("target", overflow="fold")
     for heading in ("n", "mean", *(f"p{percent}" for percent in PERCENTILES), "per s", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -303,7 +301,7 @@ def _remarks(contestant: Contestant, result: Mapping[str, Any]) -> Text:
 
     text = Text.assemble(f"{contestant.target} ({result['version']}): nodes: ", where_it_runs(contestant.artifact))
     if contestant.threads is not None:
-        text.append(f"; {contestant.threads} threads")
+        text.append(f"; {contestant.threads} thread{'s' if contestant.threads > 1 else ''}")
     if (difference := result["max_difference"]) is not None:
         shown = difference if isinstance(difference, str) else f"{difference:.1e}"
         text.append(f"; largest difference from the first target {shown}")

@@ -24,6 +24,7 @@ from accelrt.errors import AccelrtError, AccelrtWarning, OptionError
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
+    from rich.table import Table
     from rich.text import Text
 
     from accelrt.artifact.artifact import Artifact
@@ -45,12 +46,15 @@ TracebackFlag: TypeAlias = Annotated[
 BackendOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--backend", "-b", help="backend[/engine][:devices]; else ACCELRT_BACKEND, else cpu.", metavar="TARGET"
+        "--backend",
+        "-b",
+        help="BACKEND, BACKEND/ENGINE or BACKEND:DEVICES; else that of ACCELRT_BACKEND, else cpu.",
+        metavar="TARGET",
     ),
 ]
 BackendsOption: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option("--backend", "-b", help="A target, backend[/engine][:devices]; may be repeated.", metavar="TARGET"),
+    typer.Option("--backend", "-b", help="BACKEND, BACKEND/ENGINE or BACKEND:DEVICES; repeatable.", metavar="TARGET"),
 ]
 DimOption: TypeAlias = Annotated[
     list[str] | None,
@@ -72,11 +76,22 @@ def err() -> Console:
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
+    class PlainConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the program here, with an exit code of its own
+
     # Names of nodes and reasons hold brackets and colons: nothing in them is markup.
-    console = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    console = PlainConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_WIDTH
     return console
+
+
+def plain_table() -> Table:
+    """Return a table without lines, so that it fits a terminal of 80 columns."""
+    from rich.table import Table
+
+    return Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
 
 
 def guarded(verb: Callable[P, None]) -> Callable[P, None]:
@@ -90,7 +105,7 @@ def guarded(verb: Callable[P, None]) -> Callable[P, None]:
         try:
             with _messages_on_stderr():
                 verb(*args, **kwargs)
-            sys.stdout.flush()
+            flush_stdout()
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
@@ -106,6 +121,12 @@ def guarded(verb: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(REFUSED) from None
 
     return run
+
+
+def flush_stdout() -> None:
+    """Write what is buffered; a stdout that was closed before the program started is None."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def discard_stdout() -> None:
@@ -157,12 +178,12 @@ def working(as_json: bool) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        with contextlib.suppress(OSError):  # a closed stdout needs no protection
+        if sys.stdout is not None and sys.stderr is not None:
             saved = os.dup(1)
             stack.callback(os.close, saved)
             os.dup2(2, 1)
             stack.callback(os.dup2, saved, 1)
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         yield
 
 

@@ -20,6 +20,7 @@ from accelrt.cli.common import (
     guarded,
     number_or_text,
     out,
+    plain_table,
     print_json,
     where_it_runs,
     working,
@@ -201,11 +202,9 @@ def _show(
 
 
 def _show_table(console: Console, trials: Sequence[Trial], labels: np.ndarray[Any, Any]) -> None:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = plain_table()
     table.add_column("target", overflow="fold")
     for heading in ("right", "accuracy", "n", "p50", "p99", "n", "p50", "p99"):
         table.add_column(heading, justify="right", no_wrap=True)

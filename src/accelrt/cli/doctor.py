@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from accelrt.cli.common import FAILED, JsonFlag, TracebackFlag, guarded, out, print_json, working
+from accelrt.cli.common import FAILED, JsonFlag, TracebackFlag, guarded, out, plain_table, print_json, working
 from accelrt.errors import AccelrtError, AccelrtWarning
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ def _show(name: str | None, chosen: list[BackendInfo], problem: str | None) -> N
 
 
 def _describe(info: BackendInfo) -> list[RenderableType]:
+    from rich.padding import Padding
     from rich.text import Text
 
     from accelrt.partition.report import human_bytes
@@ -173,14 +174,13 @@ def _describe(info: BackendInfo) -> list[RenderableType]:
         parts.append(f"  {device.name}  {device.description}{memory}")
     if not info.devices:
         parts.append(Text("  no devices here: models can be compiled for it, but not run", style="yellow"))
-    return [*parts, _engine_table(info.engines)]
+    return [*parts, Padding(_engine_table(info.engines), (0, 0, 0, 2))]
 
 
 def _engine_table(engines: tuple[EngineInfo, ...]) -> RenderableType:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_edge=False, box=None, padding=(0, 2, 0, 2))
+    table = plain_table()
     for heading in ("engine", "usable"):
         table.add_column(heading, no_wrap=True)
     table.add_column("version, or what is missing", overflow="fold")

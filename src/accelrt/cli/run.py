@@ -19,6 +19,7 @@ from accelrt.cli.common import (
     guarded,
     open_or_compile,
     out,
+    plain_table,
     print_json,
     working,
 )
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from accelrt.artifact.artifact import Artifact
     from accelrt.graph.types import Signature, Value
 
-SHOWN = 5
+SHOWN = 4
 """Values of an output shown to people."""
 
 
@@ -39,9 +40,7 @@ def run(
     backend: BackendOption = None,
     input_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--input", "-i", help="NAME=FILE, or FILE (.npy, .npz, .json); repeatable.", metavar="[NAME=]FILE"
-        ),
+        typer.Option("--input", "-i", help="NAME=FILE, or FILE (.npy, .npz, .json); repeatable.", metavar="NAME=FILE"),
     ] = None,
     random: Annotated[
         bool, typer.Option("--random", help="Draw the inputs that are not given: floats normal, integers 0 or 1.")
@@ -109,15 +108,14 @@ def _show(
     milliseconds: float,
     output: Path | None,
 ) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from accelrt.cli.common import where_it_runs
 
-    table = Table(show_edge=False, box=None, padding=(0, 2, 0, 0))
+    table = plain_table()
     for heading in ("", "name", "type", "range", "mean"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("values", overflow="ellipsis", no_wrap=True)
+        table.add_column(heading, no_wrap=heading != "name")
+    table.add_column("values", overflow="fold")
     for side, values in (("in", inputs), ("out", outputs)):
         for name, value in values.items():
             table.add_row(side, name, *_summary(value))

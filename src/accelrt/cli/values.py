@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from accelrt.cli.common import number_or_text
 from accelrt.errors import AccelrtError, InputError
@@ -51,8 +51,15 @@ def _read_numpy(path: Path) -> Any:
     loaded = np.load(path, allow_pickle=False)
     if isinstance(loaded, np.lib.npyio.NpzFile):
         with loaded:
-            return {name: loaded[name] for name in loaded.files}
+            return {name: _array(loaded[name], name) for name in loaded.files}
     return loaded
+
+
+def _array(content: Any, name: str) -> np.ndarray[Any, Any]:
+    """Return an array of an ``.npz``; numpy hands over what is none as bytes."""
+    if isinstance(content, bytes):
+        raise ValueError(f"{name!r} is not an array")
+    return cast("np.ndarray[Any, Any]", content)
 
 
 def read_inputs(texts: Sequence[str], signature: Signature) -> dict[str, Value]:

@@ -167,7 +167,8 @@ class Placement:
 
         stream = StringIO()
         Console(file=stream, width=width, color_system=None).print(self.render())
-        return stream.getvalue().rstrip()
+        # rich pads titles to the width of the console.
+        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).rstrip()
 
 
 def _segment(data: Mapping[str, Any]) -> SegmentPlace:
@@ -189,10 +190,11 @@ def _texts(data: Mapping[str, Any], *names: str) -> list[str]:
     return values
 
 
-def _operators(nodes: Sequence[NodePlace]) -> str:
+def _operators(nodes: Sequence[NodePlace], shown: int = 6) -> str:
     counts = Counter(node.kind.rsplit("-", 1)[0] for node in nodes)
-    shown = [f"{count} {kind}" if count > 1 else kind for kind, count in counts.most_common(6)]
-    return ", ".join(shown) + (f", {len(counts) - 6} more kinds" if len(counts) > 6 else "")
+    named = [f"{count} {kind}" if count > 1 else kind for kind, count in counts.most_common(shown)]
+    others = sum(counts.values()) - sum(count for _, count in counts.most_common(shown))
+    return ", ".join(named) + (f" and {others} others" if others else "")
 
 
 def human_bytes(count: int | None) -> str:

@@ -1,0 +1,144 @@
+"""Every engine at hand keeps the contract: the CPU's, the stand-in, and the plug-in of the examples."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from accelrt.backend import Device, Executable, Precision, Program, Verdict
+from accelrt.graph.node import Node
+from accelrt.testing.contract import BackendContract
+from accelrt.testing.fake import FakeBackend
+from accelrt_cpu import CpuBackend
+
+_PLUGIN = Path(__file__).parents[2] / "examples" / "plugin" / "src"
+# Installing it is CI's work; here it is imported from where it lies.
+sys.path.insert(0, str(_PLUGIN))
+_plugin = importlib.import_module("accelrt_example_plugin")
+NumpyBackend, NumpyEngine = _plugin.NumpyBackend, _plugin.NumpyEngine
+
+_SDKS = ("onnxruntime", "openvino", "torch", "tensorflow")
+
+
+class TestOnnxRuntime(BackendContract):
+    backend_class = CpuBackend
+    engine_name: ClassVar[str | None] = "onnxruntime"
+    sdk_modules = _SDKS
+
+
+@pytest.mark.openvino
+class TestOpenVino(BackendContract):
+    backend_class = CpuBackend
+    engine_name: ClassVar[str | None] = "openvino"
+    sdk_modules = _SDKS
+
+
+class TestReference(BackendContract):
+    backend_class = CpuBackend
+    engine_name: ClassVar[str | None] = "reference"
+    sdk_modules = _SDKS
+
+
+class TestStandIn(BackendContract):
+    backend_class = FakeBackend.configured(operators={"Gemm", "Relu", "Conv", "MaxPool", "Reshape"})
+
+
+class TestSerialStandIn(BackendContract):
+    """One that takes a single call at a time, so that sessions must take turns."""
+
+    backend_class = FakeBackend.configured("serial", operators={"Gemm", "Relu"}, concurrent=False, devices=2)
+
+
+class TestUnusable(BackendContract):
+    """One whose SDK is missing still has names, devices and a status."""
+
+    backend_class = FakeBackend.configured("unusable", unusable="the SDK is not installed")
+
+
+class TestPlugin(BackendContract):
+    backend_class = NumpyBackend
+
+
+# The suite itself: what breaks a promise does not pass
+
+
+class _Sloppy(Executable):
+    """Computes rightly, and breaks one promise."""
+
+    def __init__(self, inner: Executable, fault: str) -> None:
+        self._inner, self._fault = inner, fault
+        self._kept: dict[str, Any] = {}
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        outputs = self._inner.run(inputs)
+        if self._fault == "reuses its output buffers":
+            for name, value in outputs.items():
+                self._kept.setdefault(name, np.empty_like(value))[...] = value
+            return dict(self._kept)
+        if self._fault == "writes to its inputs":
+            for value in inputs.values():
+                value += 1
+        return outputs
+
+    def close(self) -> None:
+        if self._fault != "runs after close":
+            self._inner.close()
+
+
+class _SloppyEngine(NumpyEngine):  # type: ignore[misc, valid-type]
+    fault = ""
+
+    def load(self, program: Program, devices: Sequence[Device]) -> Executable:
+        return _Sloppy(super().load(program, devices), self.fault)
+
+    def supports(self, node: Node, precision: Precision) -> Verdict:
+        if self.fault == "refuses without a reason" and node.op_type == "Relu":
+            return Verdict(False)
+        if self.fault == "takes what it does not know":
+            return Verdict(True)
+        return super().supports(node, precision)
+
+    def supports_all(self, nodes: Sequence[Node], precision: Precision) -> list[Verdict]:
+        if self.fault == "changes its mind":
+            return [Verdict.refuse("not today")] * len(nodes)
+        return super().supports_all(nodes, precision)
+
+
+CAUGHT_BY = {
+    "reuses its output buffers": BackendContract.test_outputs_stay_valid_when_run_is_called_again,
+    "writes to its inputs": BackendContract.test_inputs_are_read_only_to_the_engine,
+    "runs after close": BackendContract.test_close_is_final,
+    "refuses without a reason": BackendContract.test_verdicts_are_the_same_each_time_and_all_at_once,
+    "changes its mind": BackendContract.test_verdicts_are_the_same_each_time_and_all_at_once,
+    "takes what it does not know": BackendContract.test_an_operator_nobody_knows_is_refused,
+}
+
+
+def _keep_promise(engine: Any, test: Callable[..., None], folder: Path) -> None:
+    """Run one test of the suite on an engine."""
+    suite = BackendContract()
+    known = {"usable": engine, "devices": NumpyBackend().devices(), "model": "mlp"}
+    wanted = inspect.signature(test).parameters
+    if "program" in wanted:
+        job = suite.job(NumpyEngine(), folder)
+        (folder / "out").mkdir()
+        known["program"] = engine.compile(job, folder / "out")
+    test(suite, **{name: value for name, value in known.items() if name in wanted})
+
+
+@pytest.mark.parametrize("fault", CAUGHT_BY)
+def test_the_suite_catches_a_broken_promise(fault: str, tmp_path: Path) -> None:
+    (tmp_path / "good").mkdir()
+    (tmp_path / "bad").mkdir()
+    _keep_promise(NumpyEngine(), CAUGHT_BY[fault], tmp_path / "good")
+    engine = _SloppyEngine()
+    engine.fault = fault
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        _keep_promise(engine, CAUGHT_BY[fault], tmp_path / "bad")
