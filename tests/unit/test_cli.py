@@ -42,6 +42,7 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("ACCELRT_BACKEND", "ACCELRT_TRACEBACK"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(demo, "TIME_S", 0.05)
 
 
 @pytest.fixture

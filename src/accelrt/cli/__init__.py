@@ -41,6 +41,7 @@ EPILOG = (
 app = typer.Typer(
     name="accelrt",
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
