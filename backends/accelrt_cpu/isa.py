@@ -8,7 +8,7 @@ from pathlib import Path
 
 # What changes the layout of weights or the choice of kernels in onnxruntime and OpenVINO.
 _RELEVANT = frozenset(
-    "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 amx_tile amx_bf16 amx_int8 asimd sve i8mm bf16".split()
+    "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 amx_tile amx_bf16 amx_int8 asimd sve i8mm bf16".split()  # noqa: SIM905
 )
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _PROVIDERS = ["CPUExecutionProvider"]
 _MODEL = "model.onnx"
 _ERRORS_ONLY = 3
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,11 @@ class OnnxRuntimeOptions:
     io_binding: bool = False
 
     def __post_init__(self) -> None:
-        if self.threads < 0 or self.inter_threads < 1:
-            raise OptionError(f"threads must be 0 or more and inter_threads 1 or more, not {self}.")
+        if not 0 <= self.threads <= MAX_THREADS or not 1 <= self.inter_threads <= MAX_THREADS:
+            raise OptionError(
+                f"threads must be 0 to {MAX_THREADS} and inter_threads 1 to {MAX_THREADS}, "
+                f"not {self.threads} and {self.inter_threads}."
+            )
 
 
 class OnnxRuntimeEngine(Engine):

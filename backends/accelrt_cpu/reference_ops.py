@@ -259,10 +259,8 @@ class STFT(_Operator):
         onesided: int | None = None,
         **_: Any,
     ) -> tuple[Array]:
-        if length is not None:
-            size = int(length.item())
-        else:
-            size = signal.shape[1] if window is None else len(window)
+        default = signal.shape[1] if window is None else len(window)
+        size = default if length is None else int(length.item())
         # numpy transforms float32 in float32 and has nothing narrower.
         wide = signal.astype(np.float64 if signal.dtype == np.float64 else np.float32, order="C")
         values: Array = wide[..., 0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from accelrt.backend import Device, Status
 from accelrt.errors import RegistryError, TargetError
-from accelrt.registry import REGISTRY
+from accelrt.registry import REGISTRY, status_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,10 @@ def _describe(name: str, origin: str, reason: str | None) -> BackendInfo:
     except (RegistryError, TargetError) as error:
         return BackendInfo(name, origin, str(error))
     engines = tuple(
-        EngineInfo(engine.name, engine.status(), engine.caps.emulated, engine.caps.default_precision)
+        EngineInfo(engine.name, status_of(engine), engine.caps.emulated, engine.caps.default_precision)
         for engine in backend.engines
     )
-    return BackendInfo(name, origin, None, engines, tuple(backend.devices()))
+    try:
+        return BackendInfo(name, origin, None, engines, tuple(backend.devices()))
+    except Exception as error:  # noqa: BLE001 - foreign code may raise anything
+        return BackendInfo(name, origin, f"its devices() raised {type(error).__name__}: {error}", engines)

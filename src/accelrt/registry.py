@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
-from accelrt.backend import API_VERSION, Backend, Device, Engine
+from accelrt.backend import API_VERSION, Backend, Device, Engine, Status
 from accelrt.errors import AccelrtWarning, BackendUnavailable, RegistryError, TargetError
 from accelrt.target import Target
 
@@ -148,14 +148,14 @@ class Registry:
         chain = [first]
         for name in cpu.fallback:
             engine = find_engine(cpu, name)
-            if engine is not first.engine and engine.status().usable:
+            if engine is not first.engine and status_of(engine).usable:
                 chain.append(Candidate(cpu, engine))
         return tuple(chain)
 
     def _choose(self, backend: Backend, target: Target) -> Engine:
         if target.engine is not None:
             engine = find_engine(backend, target.engine)
-            status = engine.status()
+            status = status_of(engine)
             if not status.usable:
                 raise BackendUnavailable(
                     f"The engine {backend.name}/{engine.name} is not usable here: {status.reason or 'no reason given'}.",
@@ -168,7 +168,7 @@ class Registry:
             if engine.caps.emulated:
                 reasons.append(f"{engine.name} is an emulator and must be named")
                 continue
-            status = engine.status()
+            status = status_of(engine)
             if status.usable:
                 return engine
             reasons.append(f"{engine.name}: {status.reason}" + (f" (try: {status.remedy})" if status.remedy else ""))
@@ -222,6 +222,14 @@ def _instantiate(cls: object, expected: str | None) -> Backend:
     if not names or len(set(names)) != len(names):
         raise RegistryError(f"Backend {backend.name!r} must have engines with names of their own, not {names}.")
     return backend
+
+
+def status_of(engine: Engine) -> Status:
+    """Return an engine's status; one that breaks its promise and raises is not usable, and hides nobody else."""
+    try:
+        return engine.status()
+    except Exception as error:  # noqa: BLE001 - foreign code may raise anything
+        return Status(False, reason=f"its status() raised {type(error).__name__}: {error}")
 
 
 def find_engine(backend: Backend, name: str) -> Engine:

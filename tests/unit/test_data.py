@@ -44,10 +44,7 @@ def test_model_is_small_self_contained_and_free_in_batch() -> None:
     assert {node.op_type for node in model.graph.node}.isdisjoint({"Dropout", "BatchNormalization"})
     (image,), (scores,) = model.graph.input, model.graph.output
     assert (image.name, scores.name) == ("image", "scores")
-    sizes = [
-        [dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim]
-        for port in (image, scores)
-    ]
+    sizes = [[dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim] for port in (image, scores)]
     assert sizes == [["batch", 1, 8, 8], ["batch", 10]]
     assert parameter_count(model) == digits_facts().parameters
 

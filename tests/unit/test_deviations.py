@@ -179,9 +179,7 @@ def agree(ours: list[Array], theirs: list[Array]) -> bool:
             return False
         if a.dtype.kind != "f":
             return bool(np.array_equal(a, b))
-        return bool(
-            np.allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(b[np.isfinite(b)]).max())))
-        )
+        return bool(np.allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(b[np.isfinite(b)]).max()))))
 
     return all(close(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -199,9 +197,7 @@ def test_onnxruntime_fails_or_differs_and_the_reference_does_not(name: str, tmp_
         with pytest.raises(Exception, match=REFUSALS[name]):
             case.onnxruntime()
     else:
-        assert not agree(case.onnxruntime(), right), (
-            f"onnxruntime {onnxruntime.__version__} agrees; drop the entry"
-        )
+        assert not agree(case.onnxruntime(), right), f"onnxruntime {onnxruntime.__version__} agrees; drop the entry"
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -238,10 +234,6 @@ def test_the_fourier_transform_that_replaces_it_is_more_exact(tmp_path: Path) ->
 
 def test_resize_with_aligned_corners_is_right_where_the_suite_is_not() -> None:
     x, scales = np.array([[[[1, 2, 3, 4]]]], np.float32), np.array([1, 1, 1, 0.6], np.float32)
-    case = Case(
-        "Resize", [x, None, scales], {"mode": "linear", "coordinate_transformation_mode": "align_corners"}, 19
-    )
+    case = Case("Resize", [x, None, scales], {"mode": "linear", "coordinate_transformation_mode": "align_corners"}, 19)
     assert case.reason() is None
-    np.testing.assert_allclose(
-        case.onnxruntime()[0], [[[[1, 4]]]]
-    )  # (4 - 1) / (2 - 1): the corners are aligned
+    np.testing.assert_allclose(case.onnxruntime()[0], [[[[1, 4]]]])  # (4 - 1) / (2 - 1): the corners are aligned

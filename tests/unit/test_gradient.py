@@ -106,9 +106,7 @@ def test_unary_rules(op_type: str, opset: int) -> None:
     ("a", "b"), [((2, 3), (2, 3)), ((2, 3), (3,)), ((1, 3), (2, 1)), ((), (2, 3)), ((2, 1, 3), (4, 1))]
 )
 @pytest.mark.parametrize("kind", ["static", "symbolic", "static, axes as attributes"])
-def test_binary_rules_undo_broadcasting(
-    op_type: str, a: tuple[int, ...], b: tuple[int, ...], kind: str
-) -> None:
+def test_binary_rules_undo_broadcasting(op_type: str, a: tuple[int, ...], b: tuple[int, ...], kind: str) -> None:
     nodes = [helper.make_node(op_type, ["a", "b"], ["h"]), helper.make_node("Mul", ["h", "h"], ["y"])]
     shapes: dict[str, Shape] = {"a": a, "b": b}
     if kind == "symbolic":
@@ -117,9 +115,7 @@ def test_binary_rules_undo_broadcasting(
     check(model, {"a": positive(*a), "b": positive(*b) + 0.3}, ["a", "b"])
 
 
-@pytest.mark.parametrize(
-    ("a", "b"), [((2, 3), (3, 4)), ((5, 2, 3), (3, 4)), ((1, 2, 3), (5, 3, 4)), ((3,), (3,))]
-)
+@pytest.mark.parametrize(("a", "b"), [((2, 3), (3, 4)), ((5, 2, 3), (3, 4)), ((1, 2, 3), (5, 3, 4)), ((3,), (3,))])
 def test_matmul(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     nodes = [helper.make_node("MatMul", ["a", "b"], ["h"]), helper.make_node("Mul", ["h", "h"], ["y"])]
     check(build(nodes, {"a": a, "b": b}, ["a", "b"]), {"a": positive(*a), "b": positive(*b)}, ["a", "b"])

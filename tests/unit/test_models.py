@@ -30,9 +30,7 @@ each_model = pytest.mark.parametrize("build", SMALL.values(), ids=SMALL)
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def inputs(model: onnx.ModelProto, seed: int = 0, **sizes: int) -> dict[str, Any]:

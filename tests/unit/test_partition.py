@@ -473,7 +473,9 @@ def numeric_model(seed: int) -> onnx.ModelProto:
 def feeds_of(model: onnx.ModelProto, seed: int) -> dict[str, Any]:
     data = np.random.default_rng(seed)
     feeds: dict[str, Any] = {
-        value.name: data.uniform(-1, 1, (2, 4)).astype(np.float32) for value in model.graph.input if value.name != "flag"
+        value.name: data.uniform(-1, 1, (2, 4)).astype(np.float32)
+        for value in model.graph.input
+        if value.name != "flag"
     }
     feeds["flag"] = np.array(bool(seed % 2))
     return feeds

@@ -120,9 +120,7 @@ def test_results_are_the_callers_own(tmp_path: Path) -> None:
 
 
 def test_text_comes_back_in_object_arrays(tmp_path: Path) -> None:
-    model = parse(
-        'g (string[2] x) => (string[n] y) { y = StringNormalizer <case_change_action = "UPPER"> (x) }'
-    )
+    model = parse('g (string[2] x) => (string[n] y) { y = StringNormalizer <case_change_action = "UPPER"> (x) }')
     (result,) = run(model, tmp_path, np.array(["a", "b"], object))
     assert result.dtype == object
     assert result.tolist() == ["A", "B"]
@@ -178,9 +176,7 @@ def _looped(weight: Array) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
-def test_weights_outside_the_folder_are_refused(
-    weighted: tuple[onnx.ModelProto, Array], tmp_path: Path
-) -> None:
+def test_weights_outside_the_folder_are_refused(weighted: tuple[onnx.ModelProto, Array], tmp_path: Path) -> None:
     model, weight = weighted
     signature = load_graph(model).signature
     (tmp_path / "in").mkdir()
@@ -191,9 +187,7 @@ def test_weights_outside_the_folder_are_refused(
     tensor.external_data.add(key="location", value="../secret")
     (tmp_path / "in" / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(CompileError, match="not in one file beside it"):
-        ENGINE.compile(
-            CompileJob(tmp_path / "in" / "model.onnx", signature, "fp32", NoOptions()), tmp_path / "in"
-        )
+        ENGINE.compile(CompileJob(tmp_path / "in" / "model.onnx", signature, "fp32", NoOptions()), tmp_path / "in")
     program = Program({"model.onnx": tmp_path / "in" / "model.onnx"}, {}, signature, NoOptions())
     with pytest.raises(IncompatibleProgram, match="secret"):
         ENGINE.load(program, [])
@@ -318,9 +312,7 @@ def node_model(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
-def apply(
-    folder: Path, op_type: str, inputs: list[Any], count: int = 1, opset: int = 16, **attributes: Any
-) -> Any:
+def apply(folder: Path, op_type: str, inputs: list[Any], count: int = 1, opset: int = 16, **attributes: Any) -> Any:
     arrays = [None if value is None else np.asarray(value) for value in inputs]
     float_type = helper.np_dtype_to_tensor_dtype(next(a.dtype for a in reversed(arrays) if a is not None))
     model = node_model(op_type, arrays, [float_type] * count, opset, **attributes)
@@ -356,9 +348,7 @@ def test_loop_stacks_scan_outputs(start: Array, tmp_path: Path) -> None:
 @pytest.mark.parametrize("inputs", [[0, None], [3, False], [None, False]])
 def test_loop_that_never_runs(inputs: list[Any], tmp_path: Path) -> None:
     head = [None if v is None else np.array(v) for v in inputs]
-    last, scans = apply(
-        tmp_path, "Loop", [*head, np.ones(2, np.float32)], 2, body=running_sum([2], loop=True)
-    )
+    last, scans = apply(tmp_path, "Loop", [*head, np.ones(2, np.float32)], 2, body=running_sum([2], loop=True))
     np.testing.assert_array_equal(last, [1, 1])
     assert (scans.shape, scans.dtype) == ((0, 2), np.float32)
 

@@ -106,9 +106,7 @@ class Defaults(nn.Module):
 def cnn() -> Any:
     torch.manual_seed(0)
     module = Cnn()
-    with (
-        torch.no_grad()
-    ):  # statistics that differ from the initial ones, so that a training-mode export would show
+    with torch.no_grad():  # statistics that differ from the initial ones, so that a training-mode export would show
         module.norm.running_mean.normal_()
         module.norm.running_var.uniform_(0.5, 2)
     return module.eval()
@@ -164,9 +162,7 @@ def test_files_are_told_by_their_content(tmp_path: Path, cnn: Any, image: Any) -
     assert recognises_file(path) == "aoti-package"
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x80", b"\x80\x02", b"\x80\x04\xff\xff", b"PK\x03\x04 no zip", b"\x08\x0a"]
-)
+@pytest.mark.parametrize("content", [b"", b"\x80", b"\x80\x02", b"\x80\x04\xff\xff", b"PK\x03\x04 no zip", b"\x08\x0a"])
 def test_other_files_are_none_of_these(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
@@ -323,9 +319,7 @@ def test_a_nested_last_input_is_not_taken_for_keyword_arguments() -> None:
     same(run(model, x, q, z)["output"], x + q * z)
 
 
-@pytest.mark.parametrize(
-    "shapes", [{"image": {0: "batch"}}, ({0: torch.export.Dim("batch", min=1)},), [{0: "batch"}]]
-)
+@pytest.mark.parametrize("shapes", [{"image": {0: "batch"}}, ({0: torch.export.Dim("batch", min=1)},), [{0: "batch"}]])
 def test_dimensions_asked_to_stay_open_do(cnn: Any, image: Any, shapes: Any) -> None:
     model = to_onnx(cnn, request((image,), dynamic_shapes=shapes))
     assert str(model.graph.inputs[0].shape[0]) == str(model.graph.outputs[0].shape[0]) == "batch"
@@ -397,9 +391,7 @@ def test_names_asked_for_are_given_and_do_not_clash_with_inner_ones(cnn: Any, im
         ),
     ],
 )
-def test_names_that_do_not_fit_are_refused(
-    cnn: Any, image: Any, chosen: Mapping[str, Any], message: str
-) -> None:
+def test_names_that_do_not_fit_are_refused(cnn: Any, image: Any, chosen: Mapping[str, Any], message: str) -> None:
     with pytest.raises(SourceError, match=message):
         to_onnx(cnn, SourceRequest((image,), **chosen))
 
@@ -407,12 +399,8 @@ def test_names_that_do_not_fit_are_refused(
 # Exported programs
 
 
-def test_an_exported_program_needs_no_examples_and_keeps_open_dimensions(
-    tmp_path: Path, cnn: Any, image: Any
-) -> None:
-    program = torch.export.export(
-        cnn, (image,), dynamic_shapes={"image": {0: torch.export.Dim("batch", max=64)}}
-    )
+def test_an_exported_program_needs_no_examples_and_keeps_open_dimensions(tmp_path: Path, cnn: Any, image: Any) -> None:
+    program = torch.export.export(cnn, (image,), dynamic_shapes={"image": {0: torch.export.Dim("batch", max=64)}})
     path = tmp_path / "model.pt2"
     torch.export.save(program, path)
     for source in (program, path):
@@ -469,9 +457,7 @@ class _Bomb:
 
 def _program_file(tmp_path: Path) -> Path:
     path = tmp_path / "model.pt2"
-    program = torch.export.export(
-        nn.Linear(4, 4), (torch.randn(2, 4),), dynamic_shapes=({0: torch.export.Dim("b")},)
-    )
+    program = torch.export.export(nn.Linear(4, 4), (torch.randn(2, 4),), dynamic_shapes=({0: torch.export.Dim("b")},))
     torch.export.save(program, path)
     return path
 

@@ -109,7 +109,7 @@ def is_artifact(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             start = file.read(64)
-    except OSError:
+    except (OSError, ValueError):  # a NUL in a path is a ValueError
         return False
     return path.suffix == ".accel" or (start.startswith(b"PK\x03\x04") and start[30:].startswith(b"manifest.json"))
 

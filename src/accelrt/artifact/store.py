@@ -172,7 +172,7 @@ class PackedArtifact:
         self.path = path
         try:
             self._file: IO[bytes] = path.open("rb")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ArtifactError(f"The artifact cannot be opened: {error}") from error
         try:
             with _hostile(path):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 from onnx import inliner, numpy_helper
 
 from accelrt.errors import GraphError
@@ -60,20 +59,25 @@ def _to_ir(source: Path | bytes | onnx.ModelProto | ir.Model) -> ir.Model:
         if not proto.HasField("graph"):
             raise GraphError("The model holds no graph.", hint="Is this really a serialised ONNX ModelProto?")
         return ir.from_proto(proto)
-    except (DecodeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise GraphError(
-            f"{_describe(source)} is not an ONNX model that can be read: {_first_line(error)}",
-            hint="Check that the file is complete; `onnx.checker.check_model` names the fault.",
-        ) from error
+    except GraphError:
+        raise
     except OSError as error:
         raise GraphError(f"{_describe(source)} cannot be opened: {error}") from error
+    except Exception as error:  # there are four formats, and each parser has its own errors
+        raise GraphError(
+            f"{_describe(source)} is not an ONNX model that can be read: {_root_cause(error)}",
+            hint="Check that the file is complete; `onnx.checker.check_model` names the fault.",
+        ) from error
 
 
 def _describe(source: object) -> str:
     return str(source) if isinstance(source, Path) else f"The given {type(source).__name__}"
 
 
-def _first_line(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> str:
+    """Return the first line of the error at the bottom: onnx-ir wraps it once for each part of the model."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -97,8 +101,8 @@ def _split(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:
                 value.const_value = _internal(tensor)
     try:
         return ir.to_proto(model), weights
-    except (ValueError, TypeError, AttributeError) as error:
-        raise GraphError(f"The model cannot be written as ONNX: {_first_line(error)}") from error
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise GraphError(f"The model cannot be written as ONNX: {_root_cause(error)}") from error
 
 
 def _placeholder(name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
@@ -149,7 +153,7 @@ def _check_extent(tensor: ir.ExternalTensor) -> None:
             hint="External data must be a file inside the folder of the model.",
         )
     offset, length = tensor.offset or 0, tensor.length if tensor.length is not None else tensor.nbytes
-    if offset < 0 or length < tensor.nbytes or offset + tensor.nbytes > size or not path.is_file():
+    if offset < 0 or length < tensor.nbytes or offset + length > size or not path.is_file():
         raise GraphError(
             f"Initialiser {tensor.name!r} needs {tensor.nbytes} bytes at offset {offset} of {path.name!r}, "
             f"which has {size} bytes and declares {length}.",

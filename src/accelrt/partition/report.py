@@ -107,7 +107,7 @@ class Placement:
 
         total = sum(self.nodes_by_engine.values())
         # Names come from models and hold brackets, which rich would take for markup: `Text` keeps it from that.
-        title = Text(f"{self.target}: {total} nodes in {len(self.segments)} segments")
+        title = Text(f"{self.target}: {_count(total, 'node')} in {_count(len(self.segments), 'segment')}")
         table = Table(title=title, title_justify="left")
         for heading in ("#", "engine", "precision"):
             table.add_column(heading, no_wrap=True)
@@ -188,6 +188,10 @@ def _texts(data: Mapping[str, Any], *names: str) -> list[str]:
     if not all(isinstance(value, str) for value in values):
         raise TypeError(f"{values!r} are not all text")
     return values
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _operators(nodes: Sequence[NodePlace], shown: int = 6) -> str:

@@ -26,7 +26,7 @@ from accelrt.errors import (
 from accelrt.graph.types import Value
 from accelrt.options import Options
 from accelrt.policy import Fallback, announce
-from accelrt.registry import CPU, REGISTRY, Candidate, devices_of, find_engine
+from accelrt.registry import CPU, REGISTRY, Candidate, devices_of, find_engine, status_of
 from accelrt.runtime.session import Session, Step
 from accelrt.target import Target, parse
 
@@ -65,7 +65,7 @@ def _stale(artifact: Artifact) -> AccelrtError | None:
                 hint=error.hint,
                 backend=segment.backend,
             )
-        status = engine.status()
+        status = status_of(engine)
         if not status.usable:
             return BackendUnavailable(
                 f"The artifact needs {segment.name}, which is not usable here: {status.reason}.",
@@ -140,9 +140,7 @@ class _Loader:
         self._mark_spent(steps)
         workers = max((find_engine(REGISTRY.backend(s.backend), s.engine).caps.parallelism
                        for s in self.artifact.manifest.segments), default=1)  # fmt: skip
-        return Session(
-            self.artifact.signature, steps, fallback=self.fallback, workers=workers, keep=self.artifact
-        )
+        return Session(self.artifact.signature, steps, fallback=self.fallback, workers=workers, keep=self.artifact)
 
     def _step(self, index: int, segment: SegmentRecord) -> Step:
         engine = find_engine(REGISTRY.backend(segment.backend), segment.engine)
