@@ -77,6 +77,8 @@ class Knowledge:
         return None
 
     def _missing_kernel(self, node: Node) -> str | None:
+        if node.op_type == "Constant" and not node.domain:
+            return None  # made an initialiser before kernels are looked for
         kernels = self._kernels.get((node.domain, node.op_type), [])
         fitting = [kernel for kernel in kernels if _version_fits(kernel.version_range, node.version)]
         if not fitting:

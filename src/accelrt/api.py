@@ -93,7 +93,7 @@ def load(
     Raises:
         CorruptArtifact, ArtifactVersionError: The file is no artifact that can be trusted.
         IncompatibleProgram, BackendUnavailable, DeviceError: ``fallback="error"``, or there is no source to compile.
-        Whatever `compile` raises, for a model.
+        AccelrtError: Whatever `compile` raises, for a model.
     """
     from accelrt.errors import OptionError
     from accelrt.runtime.load import open_session

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from accelrt.errors import OptionError
 from accelrt.registry import Candidate
@@ -52,7 +53,7 @@ def resolve(given: Mapping[str, Any] | None, candidates: Sequence[Candidate]) ->
         for known in fields(cls):
             for key in (known.name, f"{scope}.{known.name}") if scope else (known.name,):
                 if key in pending:
-                    values[known.name] = _checked(key, pending[key], known)
+                    values[known.name] = _checked(key, pending[key], cls, known.name)
                     used.add(key)
         return cls(**values)
 
@@ -63,12 +64,16 @@ def resolve(given: Mapping[str, Any] | None, candidates: Sequence[Candidate]) ->
     return options
 
 
-def _checked(key: str, value: Any, known: Field[Any]) -> Any:
-    default = known.default if known.default is not MISSING else None
-    wanted = type(default)
-    if default is None or type(value) is wanted or (wanted is float and type(value) is int):
+def _checked(key: str, value: Any, cls: type, name: str) -> Any:
+    """Check a value against its field's annotation, as far as that names plain classes."""
+    hint = get_type_hints(cls)[name]
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if not all(isinstance(kind, type) for kind in kinds):
         return value
-    raise OptionError(f"The option {key!r} takes {wanted.__name__}, not {value!r} ({type(value).__name__}).")
+    if type(value) in kinds or (float in kinds and type(value) is int):
+        return value
+    wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise OptionError(f"The option {key!r} takes {wanted}, not {value!r} ({type(value).__name__}).")
 
 
 def _unknown(key: str, candidates: Sequence[Candidate]) -> str:
@@ -89,7 +94,7 @@ def from_json(cls: type, data: Mapping[str, Any]) -> Any:
         OptionError: The artifact holds an option that this engine does not know, or a value of the wrong type.
     """
     try:
-        known = {known.name: known for known in fields(cls)}
-        return cls(**{key: _checked(key, value, known[key]) if key in known else value for key, value in data.items()})
+        known = {known.name for known in fields(cls)}
+        return cls(**{key: _checked(key, value, cls, key) if key in known else value for key, value in data.items()})
     except (TypeError, AttributeError) as error:
         raise OptionError(f"The artifact holds options that {cls.__name__} does not know: {error}.") from error

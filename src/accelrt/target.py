@@ -83,4 +83,4 @@ def requested(argument: str | None) -> Target:
     try:
         return parse(variable)
     except TargetError as error:
-        raise TargetError(f"The environment variable {VARIABLE} holds {error.message}", hint=error.hint) from error
+        raise TargetError(f"In the environment variable {VARIABLE}: {error.message}", hint=error.hint) from error

@@ -783,6 +783,8 @@ def test_weights_that_lie_outside(good: Good, batch: Batch) -> None:
     for (name, policy), (kind, detail) in results.items():
         if name.startswith(("short-hidden", "long-hidden", "minus-hidden")):
             continue  # `hiding` sets the length, so these stay inside the weights: another model, not an attack
+        if name.startswith("nul-"):
+            continue  # onnxruntime reads up to the NUL, which is the file of the weights
         if name.endswith("-program"):
             assert kind == ("right" if policy == "allow" else "typed"), (name, policy, kind, detail)
         else:

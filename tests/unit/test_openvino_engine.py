@@ -21,6 +21,7 @@ from accelrt.graph.weights import WeightFile
 from accelrt.testing import models
 from accelrt_cpu import openvino as module
 from accelrt_cpu.openvino import OpenVinoEngine, OpenVinoOptions
+from accelrt_cpu.openvino_runtime import properties_of
 
 pytest.importorskip("openvino")
 pytestmark = pytest.mark.openvino
@@ -332,7 +333,7 @@ def test_a_crash_of_the_compiler_is_an_error_and_the_host_lives(
 def raw(model: onnx.ModelProto, *inputs: Array) -> Array:
     import openvino
 
-    properties = module._properties(OpenVinoOptions(threads=1))
+    properties = properties_of(OpenVinoOptions(threads=1))
     core = openvino.Core()
     result = core.compile_model(core.read_model(model.SerializeToString()), "CPU", properties)(list(inputs))
     return np.array(result[0])

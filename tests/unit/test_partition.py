@@ -225,7 +225,7 @@ def _anything(*arguments: Any) -> Any:
     return arguments
 
 
-def fx_partitioner(drawn: Drawn) -> tuple[Any, Any]:
+def fx_partitioner(drawn: Drawn) -> Any:
     """The same graph, with the same support, as torch.fx sees it. A node stands for all of its outputs."""
     fx, partitioner, support = _fx()
     graph = fx.Graph()
@@ -243,22 +243,22 @@ def fx_partitioner(drawn: Drawn) -> tuple[Any, Any]:
             results.append(call)
     graph.output(tuple(results))
     module = fx.GraphModule({}, graph)
-    return partitioner(module, support(), allows_single_node_partition=True), module
+    return partitioner(module, support(), allows_single_node_partition=True)
 
 
 @given(any_graph(2))
 @_PURE
 def test_never_more_accelerator_segments_than_torch_fx_proposes(drawn: Drawn) -> None:
     pieces = cut(drawn.nodes, drawn.first_able)
-    proposed = fx_partitioner(drawn)[0].propose_partitions()
+    proposed = fx_partitioner(drawn).propose_partitions()
     assert sum(piece.owner == 0 for piece in pieces) <= len(proposed)
 
 
 @given(any_graph(2))
 @settings(_PURE, max_examples=FUSED_GRAPHS)
 def test_never_more_segments_than_torch_fx_leaves_runs(drawn: Drawn) -> None:
-    """After `fuse_partitions` the graph is a list of fused modules and single nodes; each change between is a switch."""
-    partitioner, module = fx_partitioner(drawn)
+    """`fuse_partitions` leaves a list of fused modules and single nodes; each change between them is a switch."""
+    partitioner = fx_partitioner(drawn)
     fused = partitioner.fuse_partitions(partitioner.propose_partitions())
     kinds = [n.op == "call_module" for n in fused.graph.nodes if n.op in ("call_module", "call_function")]
     runs = sum(1 for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1])

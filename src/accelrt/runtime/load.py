@@ -153,7 +153,9 @@ class _Loader:
         try:
             step.executable = _load(engine, self._program(segment, engine), self._devices(segment))
         except (DeviceError, IncompatibleProgram) as error:
-            asked_for = isinstance(error, CoresUnavailable) and self.explicit
+            # Devices named in this call must exist; and where the CPU's are missing there is nowhere to go.
+            named = self.explicit or segment.backend == CPU
+            asked_for = isinstance(error, CoresUnavailable) and named
             if self.fallback == "error" or asked_for:
                 raise
             step.stand_in = self._stand_in(index, error)

@@ -138,7 +138,7 @@ class Session:
             items: Each one the argument of a call: a mapping, a single value, or a tuple of values.
 
         Raises:
-            Whatever `predict` raises for an item, at its turn; items after it are not started.
+            AccelrtError: Whatever `predict` raises for an item, at its turn; items after it are not started.
         """
         flight: deque[Future[Outputs]] = deque()
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelrt.errors import SourceError
+from accelrt.errors import OptionError, SourceError
 from accelrt.sources import torch_files
 from accelrt.sources.request import SourceOptions, SourceRequest
 
@@ -70,6 +70,8 @@ def _open_path(path: Path, request: SourceRequest) -> Source:
 def _open_onnx(model: Any, request: SourceRequest) -> Source:
     from accelrt.graph.load import load_graph
 
+    if request.options != SourceOptions():
+        raise OptionError("The options `dynamic_shapes` and `opset` are for PyTorch models; an ONNX model has its own.")
     graph = load_graph(model)
     for side, names, known in (
         ("input", request.input_names, graph.signature.input_names),

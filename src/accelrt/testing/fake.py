@@ -81,7 +81,11 @@ class FakeEngine(Engine):
         return Status(True, version=f"{self.config.version} (stand-in)")
 
     def fingerprint(self) -> Mapping[str, str]:
-        return {"fake": self.config.version}
+        # Behaviour is part of it, so that a cache never answers for a stand-in of the same name that behaves otherwise.
+        operators = self.config.operators
+        known = repr(sorted(operators)) if isinstance(operators, Collection) else repr(operators)
+        fails = repr(self.config.fails_to_compile)
+        return {"fake": self.config.version, "operators": known, "fails_to_compile": fails}
 
     def supports(self, node: Node, precision: Precision) -> Verdict:
         operators = self.config.operators
