@@ -35,7 +35,8 @@ def compile(  # noqa: A001 - the verb of every peer
         model: ONNX (path, bytes, ``onnx.ModelProto``, ``onnx_ir.Model``) or PyTorch (``nn.Module``, ``ExportedProgram``,
             ``ScriptModule``, a ``.pt2`` or TorchScript file).
         backend: A target, ``backend[/engine][:devices]``; if absent that of ``ACCELRT_BACKEND``, else ``cpu``.
-        example_inputs: Inputs the model accepts, positional or by name; PyTorch modules and TorchScript need them.
+        example_inputs: Inputs the model accepts, positional or by name. PyTorch modules and TorchScript need them; those
+            of other models are checked against the signature.
         fallback: ``"warn"`` lets nodes run elsewhere and says so once, ``"allow"`` is silent, ``"error"`` raises.
         input_names: Names for the inputs, in order, instead of the model's own.
         output_names: Likewise for the outputs.
@@ -54,6 +55,7 @@ def compile(  # noqa: A001 - the verb of every peer
         CompileError: A node that nothing here can run.
     """
     from accelrt.artifact.build import BuildRequest, build
+    from accelrt.runtime.inputs import check_examples
     from accelrt.sources import SourceRequest, open_source
 
     policy = check(fallback)
@@ -63,6 +65,8 @@ def compile(  # noqa: A001 - the verb of every peer
     if progress is not None:
         progress("reading the model", 0, 1)
     source = open_source(model, SourceRequest(example_inputs, input_names, output_names, resolved.source))
+    if source.format == "onnx" and example_inputs is not None:
+        check_examples(source.graph.signature, example_inputs)
     request = BuildRequest(str(target), candidates, resolved, source.format)
     return build(source.graph, request, fallback=policy, cache=cache, progress=progress)
 

@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from accelrt.backend import API_VERSION, Backend, Device, Engine, Status
 from accelrt.errors import AccelrtWarning, BackendUnavailable, RegistryError, TargetError
-from accelrt.target import Target
+from accelrt.target import Target, is_name
 
 GROUP = "accelrt.backends"
 BUNDLED = "accelrt"
@@ -216,8 +216,8 @@ def _instantiate(cls: object, expected: str | None) -> Backend:
         raise RegistryError(f"{cls.__qualname__} is named {backend.name!r} but its entry point {expected!r}.")
     if backend.name in _RESERVED:
         raise RegistryError(f"The name {backend.name!r} is reserved.")
-    if not isinstance(backend.name, str) or str(Target(backend.name)) != backend.name or "/" in backend.name:
-        raise RegistryError(f"{backend.name!r} is not a name for a backend.")
+    if not (isinstance(backend.name, str) and is_name(backend.name)):
+        raise RegistryError(f"{backend.name!r} is not a name for a backend: no target could say it.")
     names = [engine.name for engine in backend.engines]
     if not names or len(set(names)) != len(names):
         raise RegistryError(f"Backend {backend.name!r} must have engines with names of their own, not {names}.")

@@ -12,7 +12,8 @@ from accelrt.errors import TargetError
 VARIABLE = "ACCELRT_BACKEND"
 DEFAULT = "cpu"
 
-_TARGET = re.compile(r"(?P<backend>[a-z][a-z0-9_-]*)(?:/(?P<engine>[a-z][a-z0-9_-]*))?(?::(?P<devices>.+))?", re.ASCII)
+_NAME = r"[a-z][a-z0-9_-]*"
+_TARGET = re.compile(rf"(?P<backend>{_NAME})(?:/(?P<engine>{_NAME}))?(?::(?P<devices>.+))?", re.ASCII)
 _RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 _FORM = "A target reads `backend[/engine][:devices]`: `cpu`, `cpu/openvino`, `neuron:0-3`."
 
@@ -29,6 +30,11 @@ class Target:
         engine = f"/{self.engine}" if self.engine else ""
         devices = f":{','.join(map(str, self.devices))}" if self.devices is not None else ""
         return f"{self.backend}{engine}{devices}"
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a backend or an engine may have this name."""
+    return re.fullmatch(_NAME, text, re.ASCII) is not None
 
 
 def parse(text: str) -> Target:

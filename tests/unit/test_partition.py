@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -120,7 +121,7 @@ def check_cut(nodes: Sequence[Node], owners: Sequence[int], pieces: Sequence[Pie
     """What every cut must hold, whatever its quality."""
     assert sorted(index for piece in pieces for index in piece.nodes) == list(range(len(nodes)))
     assert all(owners[index] == piece.owner for piece in pieces for index in piece.nodes)
-    assert all(left.owner != right.owner for left, right in zip(pieces, pieces[1:], strict=False))
+    assert all(left.owner != right.owner for left, right in pairwise(pieces))
     inside = {name for n in nodes for name in n.writes}
     known: set[str] = set()
     for piece in pieces:

@@ -84,6 +84,16 @@ class Binder:
         return {port.name: coerce(named.get(port.name), port) for port in self._signature.inputs}
 
 
+def check_examples(signature: Signature, examples: Any) -> None:
+    """Check example inputs: a mapping by name, or values in the order of the signature.
+
+    Raises:
+        InputError: They do not fit.
+    """
+    positional = isinstance(examples, list | tuple)
+    Binder(signature).bind(tuple(examples) if positional else (examples,))
+
+
 def _expectation(type_: TensorType) -> tuple[Any, int, tuple[int, ...] | None, tuple[tuple[int, int], ...]]:
     """Return dtype, rank, the whole shape if it is static, and the axes of static size."""
     shape = type_.shape or ()
