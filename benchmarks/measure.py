@@ -66,7 +66,7 @@ def rows(samples: Mapping[str, list[float]], against: str) -> list[Row]:
 
 
 def report(title: str, table: list[Row], claims: Mapping[str, bool], *, unit: str = "ms", extra: object = None) -> None:
-    """Print a table and the claims it was to show; with ``--json FILE`` write everything there too. Exits 1 on a miss."""
+    """Print a table and what it was to show; with ``--json FILE`` write everything there too. Exits 1 on a miss."""
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON too")
     arguments = parser.parse_args()

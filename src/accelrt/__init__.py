@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelrt import errors
-    from accelrt.api import compile, load  # noqa: A004 - the verb of every peer
+    from accelrt.api import compile, load
     from accelrt.artifact.artifact import Artifact
     from accelrt.backend import Backend
     from accelrt.inventory import backends, devices

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from accelrt.runtime.session import Session
 
 
-def compile(  # noqa: A001 - the verb of every peer
+def compile(
     model: Any,
     backend: str | None = None,
     *,
@@ -32,15 +32,15 @@ def compile(  # noqa: A001 - the verb of every peer
     """Compile a model for a target; what the target cannot run goes to the CPU, and the artifact says so.
 
     Args:
-        model: ONNX (path, bytes, ``onnx.ModelProto``, ``onnx_ir.Model``) or PyTorch (``nn.Module``, ``ExportedProgram``,
-            ``ScriptModule``, a ``.pt2`` or TorchScript file).
+        model: ONNX (path, bytes, ``onnx.ModelProto``, ``onnx_ir.Model``) or PyTorch (``nn.Module``,
+            ``ExportedProgram``, ``ScriptModule``, a ``.pt2`` or TorchScript file).
         backend: A target, ``backend[/engine][:devices]``; if absent that of ``ACCELRT_BACKEND``, else ``cpu``.
-        example_inputs: Inputs the model accepts, positional or by name. PyTorch modules and TorchScript need them; those
-            of other models are checked against the signature.
+        example_inputs: Inputs the model accepts, positional or by name. PyTorch modules and TorchScript need them;
+            those of other models are checked against the signature.
         fallback: ``"warn"`` lets nodes run elsewhere and says so once, ``"allow"`` is silent, ``"error"`` raises.
         input_names: Names for the inputs, in order, instead of the model's own.
         output_names: Likewise for the outputs.
-        options: Options by name, of the source, the partitioner and the engines; ``"engine.name"`` for one engine alone.
+        options: Options by name, of the source, the partitioner and the engines; ``"engine.name"`` for one alone.
         cache: Look the result up in the compile cache, and put it there.
         progress: Called with what is being done, how much of it is done, and how much there is.
 

@@ -4,7 +4,7 @@ A *backend* is a family of devices with one name; an *engine* is one runtime tha
 author writes both: five methods an engine, one a backend. accelrt owns the rest: partitioning, fallback, artifacts,
 scheduling. `accelrt.testing.contract` is a test suite to inherit, ``backends/README.md`` a walk-through.
 
-Importing a backend must not import its vendor's SDK, which may be missing or broken: that is what `Engine.status` tells.
+Importing a backend must not import its vendor's SDK, which may be missing or broken: `Engine.status` tells that.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 from accelrt.graph.node import Node
 from accelrt.graph.types import Signature, Value
+from accelrt.nature import Nature
 
 API_VERSION = 1
 """Raised when the contract changes in a way that breaks engines; a plug-in of another version is refused."""
@@ -74,14 +75,15 @@ class Caps:
     Attributes:
         concurrent: `Executable.run` may be called from several threads at once.
         parallelism: Calls in flight that keep one device busy.
-        emulated: Computes on the CPU in the name of other hardware; never chosen unless asked for by name.
+        nature: ``emulated`` computes on the CPU in the name of other hardware and is never chosen unless asked for by
+            name; a ``stand-in`` takes the place of a runtime in tests. Every report says so.
         last_resort: Right but slow; nodes are never moved here to save a cut.
         default_precision: What the engine computes in unless told otherwise; recorded in every artifact.
     """
 
     concurrent: bool = True
     parallelism: int = 1
-    emulated: bool = False
+    nature: Nature = "real"
     last_resort: bool = False
     default_precision: Precision = "fp32"
 

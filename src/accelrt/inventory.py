@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from accelrt.backend import Device, Status
 from accelrt.errors import RegistryError, TargetError
+from accelrt.nature import Nature
 from accelrt.registry import REGISTRY, status_of
 
 
@@ -15,7 +16,7 @@ class EngineInfo:
 
     name: str
     status: Status
-    emulated: bool
+    nature: Nature
     default_precision: str
 
 
@@ -53,7 +54,7 @@ def _describe(name: str, origin: str, reason: str | None) -> BackendInfo:
     except (RegistryError, TargetError) as error:
         return BackendInfo(name, origin, str(error))
     engines = tuple(
-        EngineInfo(engine.name, status_of(engine), engine.caps.emulated, engine.caps.default_precision)
+        EngineInfo(engine.name, status_of(engine), engine.caps.nature, engine.caps.default_precision)
         for engine in backend.engines
     )
     try:

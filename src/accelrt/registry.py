@@ -158,14 +158,14 @@ class Registry:
             status = status_of(engine)
             if not status.usable:
                 raise BackendUnavailable(
-                    f"The engine {backend.name}/{engine.name} is not usable here: {status.reason or 'no reason given'}.",
+                    f"{backend.name}/{engine.name} is not usable here: {status.reason or 'no reason given'}.",
                     hint=f"Try: {status.remedy}" if status.remedy else None,
                     backend=backend.name,
                 )
             return engine
         reasons = []
         for engine in backend.engines:
-            if engine.caps.emulated:
+            if engine.caps.nature == "emulated":
                 reasons.append(f"{engine.name} is an emulator and must be named")
                 continue
             status = status_of(engine)

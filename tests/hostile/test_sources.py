@@ -134,9 +134,20 @@ def test_bytes_that_are_no_model(tmp_path: Path) -> None:
     assert {kind for kind, _ in results.values()} <= {"GraphError", "SourceError"}
 
 
-@pytest.mark.parametrize("suffix", ["onnx", "json", "textproto", "onnxtxt", "onnxjson", "pbtxt", "prototxt", "pb", "txt", ""])
+@pytest.mark.parametrize(
+    "suffix", ["onnx", "json", "textproto", "onnxtxt", "onnxjson", "pbtxt", "prototxt", "pb", "txt", ""]
+)
 def test_garbage_under_any_suffix(suffix: str, tmp_path: Path) -> None:
-    contents = [b"", b"{", b"garbage", b"\xff\xfe\x00", b"[" * 20_000, b'{"graph":' * 5000, b"graph {" * 5000, b"ir_version: x"]
+    contents = [
+        b"",
+        b"{",
+        b"garbage",
+        b"\xff\xfe\x00",
+        b"[" * 20_000,
+        b'{"graph":' * 5000,
+        b"graph {" * 5000,
+        b"ir_version: x",
+    ]
     for number, content in enumerate(contents):
         path = tmp_path / (f"m{number}.{suffix}" if suffix else f"m{number}")
         path.write_bytes(content)
@@ -284,13 +295,20 @@ def cases() -> dict[str, onnx.ModelProto]:
         [op("Add", ["x", "w"])],
         initializers=[TensorProto(name="w", data_type=1, dims=[2, 4], float_data=[1.0, 2.0])],
     )
-    for name, dims in (("huge", [2**40]), ("overflow", [2**31, 2**31, 2**31]), ("negative", [-1, 4]), ("most", [2**63 - 1])):
+    for name, dims in (
+        ("huge", [2**40]),
+        ("overflow", [2**31, 2**31, 2**31]),
+        ("negative", [-1, 4]),
+        ("most", [2**63 - 1]),
+    ):
         found[f"dims-{name}"] = model([op("Add", ["x", "w"])], initializers=[raw("w", dims, bytes(32))])
         found[f"dims-{name}-without-data"] = model([op("Add", ["x", "w"])], initializers=[raw("w", dims, b"")])
         constant = op("Constant", [], ["w"], value=raw("w", dims, bytes(32)))
         found[f"constant-dims-{name}"] = model([constant, op("Add", ["x", "w"])])
     found["initialiser-of-no-type"] = model([op("Add", ["x", "w"])], initializers=[raw("w", [2, 4], bytes(32), 0)])
-    found["initialiser-of-unknown-type"] = model([op("Add", ["x", "w"])], initializers=[raw("w", [2, 4], bytes(32), 77)])
+    found["initialiser-of-unknown-type"] = model(
+        [op("Add", ["x", "w"])], initializers=[raw("w", [2, 4], bytes(32), 77)]
+    )
     found["initialisers-of-one-name"] = model(
         [op("Add", ["x", "w"])], initializers=[raw("w", [2, 4], bytes(32)), raw("w", [2, 4], b"\1" * 32)]
     )
@@ -363,13 +381,22 @@ def test_functions_that_grow_without_bound(tmp_path: Path) -> None:
 def test_deep_models(tmp_path: Path) -> None:
     """A long chain computes; bodies in bodies compute or are refused."""
     chain = model(
-        [op("Relu" if n % 2 else "Neg", [f"v{n}" if n else "x"], [f"v{n + 1}" if n < 2999 else "y"]) for n in range(3000)]
+        [
+            op("Relu" if n % 2 else "Neg", [f"v{n}" if n else "x"], [f"v{n + 1}" if n < 2999 else "y"])
+            for n in range(3000)
+        ]
     )
     sources = {"chain": chain.SerializeToString()}
     for depth in (5, 20, 30):
         graph = body([op("Relu", ["x"], [f"d{depth}"])], [value(f"d{depth}")])
         for level in range(depth - 1, -1, -1):
-            node = op("If", ["flag"], [f"d{level}"], then_branch=graph, else_branch=graph if level > depth - 3 else _leaf(level))
+            node = op(
+                "If",
+                ["flag"],
+                [f"d{level}"],
+                then_branch=graph,
+                else_branch=graph if level > depth - 3 else _leaf(level),
+            )
             graph = body([node], [value(f"d{level}")])
         top = op("If", ["flag"], ["y"], then_branch=graph, else_branch=_leaf(-1))
         flag = numpy_helper.from_array(np.array(True), "flag")
@@ -637,7 +664,21 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "thing",
-    [None, 1, 1.5, [], {}, object(), Ellipsis, np.zeros(3), print, type, onnx.GraphProto(), onnx.NodeProto(), io.BytesIO()],
+    [
+        None,
+        1,
+        1.5,
+        [],
+        {},
+        object(),
+        Ellipsis,
+        np.zeros(3),
+        print,
+        type,
+        onnx.GraphProto(),
+        onnx.NodeProto(),
+        io.BytesIO(),
+    ],
     ids=lambda thing: type(thing).__name__,
 )
 def test_objects_that_are_no_models(thing: Any) -> None:
@@ -677,5 +718,3 @@ def _varint(number: int) -> bytes:
         out.append(number & 127 | 128)
         number >>= 7
     return bytes([*out, number])
-
-

@@ -320,7 +320,7 @@ def test_doctor_marks_emulators_and_backends_without_devices() -> None:
     from accelrt.backend import Status
     from accelrt.inventory import BackendInfo, EngineInfo
 
-    engine = EngineInfo("emulator", Status(True, "1"), emulated=True, default_precision="bf16")
+    engine = EngineInfo("emulator", Status(True, "1"), nature="emulated", default_precision="bf16")
     stream = io.StringIO()
     from rich.console import Console
 

@@ -19,7 +19,7 @@ BACKENDS = ROOT / "backends"
 
 # From the ground up; a module may import from its own layer and from those below.
 LAYERS = (
-    ("errors", "data"),
+    ("errors", "data", "nature"),
     ("graph", "policy", "isolation"),
     ("backend", "target"),
     ("registry",),

@@ -76,11 +76,11 @@ class Entry:
         self.folder = folder
         self.manifest = manifest
         if temporary:
-            self._release = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         else:
             descriptor = os.open(folder / _STAMP, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            self._release = weakref.finalize(self, os.close, descriptor)
+            weakref.finalize(self, os.close, descriptor)
 
 
 class Cache:

@@ -33,6 +33,7 @@ from accelrt.cli.common import (
     working,
 )
 from accelrt.cli.values import random_inputs
+from accelrt.nature import mark_of
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -203,7 +204,7 @@ def _result(contestant: Contestant, first: Contestant, batch: int) -> dict[str, 
         "target": contestant.target,
         "engine": placement.primary,
         "version": candidate.engine.status().version,
-        "emulated": candidate.engine.caps.emulated,
+        "nature": candidate.engine.caps.nature,
         "precision": sorted({segment.precision for segment in placement.segments}),
         "threads": contestant.threads,
         "n": len(times),
@@ -284,7 +285,7 @@ def _show(
 
 def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        result["target"] + (" (emulated)" if result["emulated"] else ""),
+        result["target"] + mark_of(result["nature"]),
         str(result["n"]),
         milliseconds(result["mean_ms"]),
         *(milliseconds(result[f"p{percent}_ms"]) for percent in PERCENTILES),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeAlias
 import typer
 
 from accelrt.errors import AccelrtError, AccelrtWarning, OptionError
+from accelrt.nature import mark_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -326,11 +327,11 @@ def where_it_runs(artifact: Artifact) -> Text:
     from rich.text import Text
 
     placement = artifact.placement
-    emulated = {segment.engine for segment in placement.segments if segment.emulated}
+    natures = {segment.engine: segment.nature for segment in placement.segments}
     text = Text()
     for engine, count in placement.nodes_by_engine.items():
         text.append(", " if text else "")
-        mark = " (emulated)" if engine in emulated else ""
+        mark = mark_of(natures[engine])
         text.append(f"{count} on {engine}{mark}", style="" if engine == placement.primary else "yellow")
     return text if text else Text("nothing to compute")
 

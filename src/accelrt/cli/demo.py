@@ -26,6 +26,7 @@ from accelrt.cli.common import (
     working,
 )
 from accelrt.errors import AccelrtError, AccelrtWarning
+from accelrt.nature import Nature, mark_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +51,7 @@ class Trial:
     target: str
     artifact: Artifact
     version: str | None
-    emulated: bool
+    nature: Nature
     predicted: np.ndarray[Any, Any]
     scores: np.ndarray[Any, Any]
     single_ns: list[int]
@@ -110,7 +111,7 @@ def _try(target: str, images: np.ndarray[Any, Any]) -> Trial:
         batches = [images[i : i + BATCH] for i in range(0, len(images) - BATCH + 1, BATCH)]
         batch = _time(session, batches, BATCH_CALLS)
     return Trial(
-        target, artifact, engine.status().version, engine.caps.emulated, scores.argmax(axis=1), scores, single, batch
+        target, artifact, engine.status().version, engine.caps.nature, scores.argmax(axis=1), scores, single, batch
     )
 
 
@@ -167,7 +168,7 @@ def _document(
             {
                 "target": trial.target,
                 "version": trial.version,
-                "emulated": trial.emulated,
+                "nature": trial.nature,
                 "correct": _correct(trial, labels),
                 "accuracy": _correct(trial, labels) / len(labels),
                 "max_difference": number_or_text(_gap(trial, trials[0])),
@@ -211,7 +212,7 @@ def _show_table(console: Console, trials: Sequence[Trial], labels: np.ndarray[An
     for trial in trials:
         correct = _correct(trial, labels)
         table.add_row(
-            trial.target + (" (emulated)" if trial.emulated else ""),
+            trial.target + mark_of(trial.nature),
             f"{correct}/{len(labels)}",
             f"{correct / len(labels):.2%}",
             *_latency_cells(trial.single_ns),

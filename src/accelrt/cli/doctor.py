@@ -123,7 +123,7 @@ def _to_json(info: BackendInfo) -> dict[str, Any]:
                 "version": engine.status.version,
                 "reason": engine.status.reason,
                 "remedy": engine.status.remedy,
-                "emulated": engine.emulated,
+                "nature": engine.nature,
                 "default_precision": engine.default_precision,
             }
             for engine in info.engines
@@ -195,7 +195,7 @@ def _engine_table(engines: tuple[EngineInfo, ...]) -> RenderableType:
             mark, details = Text("no", style="red"), Text(status.reason or "no reason given")
             if status.remedy:
                 details.append("\ntry: ").append(status.remedy, style="bold")
-        if engine.emulated:
-            details.append("\nemulated: computes on the CPU in the name of other hardware", style="yellow")
+        if engine.nature != "real":
+            details.append(f"\n{engine.nature}: computes on the CPU in the name of other hardware", style="yellow")
         table.add_row(engine.name, mark, details)
     return table

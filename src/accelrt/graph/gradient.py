@@ -54,7 +54,7 @@ def _is_gradient(node: onnx.NodeProto) -> bool:
     return node.domain == DOMAIN and node.op_type == "Gradient"
 
 
-class _NoRule(Exception):  # noqa: N818 - never leaves this module
+class _NoRule(Exception):
     pass
 
 

@@ -90,15 +90,15 @@ def _split(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:
             tensor = value.const_value
             if tensor is None:
                 raise GraphError(f"Initialiser {name!r} has no data.")
-            external = isinstance(tensor, ir.ExternalTensor)
-            if external:
-                _check_extent(tensor)
+            external = tensor if isinstance(tensor, ir.ExternalTensor) else None
+            if external is not None:
+                _check_extent(external)
             if graph is model.graph and tensor.nbytes > INLINE_BYTES and tensor.dtype != ir.DataType.STRING:
                 weights[name] = tensor
                 value.const_value = _placeholder(name, tensor)
-            elif external:
+            elif external is not None:
                 # Inside bodies, and for small tensors, the data joins the structure.
-                value.const_value = _internal(tensor)
+                value.const_value = _internal(external)
     try:
         return ir.to_proto(model), weights
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -128,13 +128,13 @@ def _internalise_attributes(model: ir.Model) -> None:
                 node.attributes[name] = ir.Attr(name, attribute.type, held if several else held[0])
 
 
-def _internal(tensor: ir.ExternalTensor) -> ir.Tensor:
+def _internal(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
     _check_extent(tensor)
     return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def _check_extent(tensor: ir.ExternalTensor) -> None:
-    """Refuse external data that is outside the folder, missing, or shorter than the tensor, before anything reads it."""
+    """Refuse external data outside the folder, missing, or shorter than the tensor, before anything reads it."""
     if not tensor.base_dir:
         raise GraphError(
             f"The tensor {tensor.name!r} keeps its data in the file {str(tensor.location)!r}, "
@@ -172,7 +172,7 @@ def _lift_constants(graph: onnx.GraphProto) -> dict[str, Any]:
             kept.append(node)
             continue
         tensor.name = node.output[0]
-        held = ir.from_proto(tensor)
+        held = ir.serde.deserialize_tensor(tensor)
         if held.nbytes > INLINE_BYTES and tensor.data_type != onnx.TensorProto.STRING:
             weights[tensor.name] = held
             tensor = stub(tensor.name, held)

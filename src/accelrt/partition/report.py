@@ -9,6 +9,7 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from accelrt.graph.types import static_bytes
+from accelrt.nature import mark_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,14 +42,14 @@ class SegmentPlace:
     """One segment.
 
     ``weight_bytes`` counts the weights its nodes read. ``bytes_in`` and ``bytes_out`` count what crosses from and to
-    other segments on each run, None where a dimension is open. ``emulated`` says that the engine computes in the name
-    of hardware that is not there.
+    other segments on each run, None where a dimension is open. ``nature`` says whether the engine is real,
+    emulated or a stand-in.
     """
 
     engine: str
     device_kind: str
     precision: str
-    emulated: bool
+    nature: str
     nodes: tuple[NodePlace, ...]
     weight_bytes: int
     bytes_in: int | None
@@ -115,10 +116,12 @@ class Placement:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("operators", overflow="fold")
         for index, segment in enumerate(self.segments):
-            mark = " (emulated)" if segment.emulated else ""
             table.add_row(
                 str(index),
-                Text(segment.engine + mark, style="" if segment.engine == self.primary else "yellow"),
+                Text(
+                    segment.engine + mark_of(segment.nature),
+                    style="" if segment.engine == self.primary else "yellow",
+                ),
                 Text(segment.precision),
                 str(len(segment.nodes)),
                 human_bytes(segment.weight_bytes),
@@ -172,15 +175,22 @@ class Placement:
 
 
 def _segment(data: Mapping[str, Any]) -> SegmentPlace:
-    sizes = [data["weight_bytes"], data["bytes_in"], data["bytes_out"]]
-    if not all(type(size) is int or (size is None and sizes[0] is not None) for size in sizes):
-        raise TypeError(f"{sizes!r} are not sizes in bytes")
+    engine, device_kind, precision, nature = _texts(data, "engine", "device_kind", "precision", "nature")
     return SegmentPlace(
-        *_texts(data, "engine", "device_kind", "precision"),
-        bool(data["emulated"]),
+        engine,
+        device_kind,
+        precision,
+        nature,
         tuple(NodePlace(*_texts(node, "name", "kind")) for node in data["nodes"]),
-        *sizes,
+        _size(data["weight_bytes"]),
+        *(None if data[key] is None else _size(data[key]) for key in ("bytes_in", "bytes_out")),
     )
+
+
+def _size(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not a size in bytes")
+    return value
 
 
 def _texts(data: Mapping[str, Any], *names: str) -> list[str]:
@@ -239,7 +249,7 @@ def place(
                 candidate.name,
                 candidate.backend.name,
                 precisions[piece.owner],
-                candidate.engine.caps.emulated,
+                candidate.engine.caps.nature,
                 tuple(NodePlace(node.name, node.kind) for node in nodes),
                 sum(weights.values()),
                 _total(graph, entering),

@@ -181,7 +181,7 @@ class _Loader:
         segment = self.artifact.manifest.segments[index]
         if not self.artifact.manifest.has_source:
             raise ArtifactError(
-                f"{segment.name} failed and the artifact was saved with sources=False: nothing else can run its segment.",
+                f"{segment.name} failed, and in an artifact saved with sources=False nothing else can run its segment.",
                 hint="Save the artifact with its source graph.",
             ) from error
         graph = self.artifact.source_graph()

@@ -251,7 +251,7 @@ class Session:
         """Run a segment on its stand-in, and count that."""
         try:
             outputs = self._stand_in(step, error).run(feeds)
-        except Exception as second:
+        except Exception as second:  # noqa: BLE001 - whatever it was, both causes are told
             raise ExecutionError(
                 f"{step.engine} failed: {_one_line(error)} And the CPU failed too: {_one_line(second)}",
                 hint="If both agree, the inputs are likely at fault.",

@@ -73,7 +73,7 @@ class FakeEngine(Engine):
 
     def __init__(self, config: FakeConfig) -> None:
         self.config = config
-        self.caps = Caps(concurrent=config.concurrent, parallelism=max(1, config.devices))  # type: ignore[misc]
+        self.caps = Caps(concurrent=config.concurrent, parallelism=max(1, config.devices), nature="stand-in")  # type: ignore[misc]
 
     def status(self) -> Status:
         if self.config.unusable is not None:
