@@ -615,7 +615,7 @@ def test_bench_compares_targets() -> None:
 
 def test_bench_shows_where_it_ran(toy: str, perceptron: str) -> None:
     text = invoke("bench", perceptron, "-b", toy, "-b", "cpu", "--seconds", "0.05", "--warmup", "1").stdout
-    assert "3 on toy/fake, 2 on cpu/onnxruntime" in text
+    assert "3 on toy/fake (stand-in), 2 on cpu/onnxruntime" in text
     assert "per s" in text
     assert "toy:0: stand-in" in text
 

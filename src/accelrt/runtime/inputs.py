@@ -182,7 +182,7 @@ def _takes(dtype: np.dtype[Any], array: np.ndarray[Any, Any]) -> bool:
     """Whether numbers without a dtype may become ``dtype``: floats take numbers, integers whole ones in range."""
     kind = array.dtype.kind
     if dtype.kind == "b" or kind == "b":
-        return dtype.kind == kind
+        return bool(dtype.kind == kind)
     if (limits := _integer_limits(dtype)) is not None:
         return kind in "iu" and bool(limits[0] <= array.min() and array.max() <= limits[1])
     if dtype.kind == "c":
