@@ -29,7 +29,7 @@ from accelrt.target import Target
 from accelrt.testing.fake import FakeBackend
 
 RANDOM_GRAPHS = 2000
-COMPILED_GRAPHS = 300
+COMPILED_GRAPHS = 2000
 FUSED_GRAPHS = 150
 
 _PURE = settings(
