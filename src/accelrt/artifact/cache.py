@@ -187,11 +187,19 @@ class Cache:
                 if time.time() - abandoned.stat().st_mtime > _ABANDONED_S:
                     shutil.rmtree(abandoned, ignore_errors=True)
         total = sum(size for _, size, _ in entries)
+        before = total
         for _, size, folder in sorted(entries):
-            if total <= self._limit:
-                return
-            if self._remove_unused(folder):
+            if total > self._limit and self._remove_unused(folder):
                 total -= size
+        if total < before:
+            self._forget_compiled()
+
+    def _forget_compiled(self) -> None:
+        """Remove the keys whose artifacts are gone."""
+        for key in (self.folder / "compiled").iterdir():
+            with contextlib.suppress(OSError):
+                if not (self.folder / "artifacts" / key.read_text("ascii", "replace")).exists():
+                    key.unlink()
 
     def _remove_unused(self, folder: Path) -> bool:
         """Remove an entry unless some process holds it; moved away first, so that nobody finds it half removed."""

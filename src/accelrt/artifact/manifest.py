@@ -189,6 +189,11 @@ def _match(pattern: re.Pattern[str], value: object) -> str:
     return value
 
 
+def is_file_name(name: str) -> bool:
+    """Tell whether a file of an artifact may have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def _name(value: object) -> str:
     """Accept plain file names only: no folder, no leading dot, so that nothing can point outside."""
     return _match(_NAME, value)

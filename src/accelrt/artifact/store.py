@@ -24,8 +24,9 @@ from accelrt.artifact.manifest import (
     FileRecord,
     Manifest,
     SegmentRecord,
+    is_file_name,
 )
-from accelrt.errors import ArtifactError, CorruptArtifact
+from accelrt.errors import ArtifactError, CompileError, CorruptArtifact
 from accelrt.graph.node import WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -41,10 +42,16 @@ def merge_program(index: int, program: Program, folder: Path, weights: Any) -> d
 
     Returns:
         For each name that the engine gave, the name of the file in the folder.
+
+    Raises:
+        CompileError: The engine gave a name that is none for a file.
+        CorruptArtifact: An ONNX file of the program is none, or refers to weights that are not there.
     """
     stored: dict[str, str] = {}
     for name, path in program.files.items():
         stored[name] = f"{index}.{name}"
+        if not is_file_name(stored[name]):
+            raise CompileError(f"The engine named a file of its program {name!r}; plain file names only can be stored.")
         if path.suffix == ".onnx":
             _merge_onnx(path, folder / stored[name], weights)
         else:
