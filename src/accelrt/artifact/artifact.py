@@ -107,6 +107,8 @@ class Artifact:
 def is_artifact(path: Path) -> bool:
     """Tell by a file's content whether it means to be an artifact: a zip whose first member is the manifest."""
     try:
+        if not path.is_file():  # a pipe would keep us waiting
+            return False
         with path.open("rb") as file:
             start = file.read(64)
     except (OSError, ValueError):  # a NUL in a path is a ValueError

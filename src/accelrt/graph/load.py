@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import onnx
 import onnx_ir as ir
 from onnx import inliner, numpy_helper
 
-from accelrt.errors import GraphError
-from accelrt.graph.model import Graph, captures_of
+from accelrt.errors import AccelrtError, GraphError
+from accelrt.graph.model import Graph, bodies_of, captures_of, names_in
 from accelrt.graph.node import INLINE_BYTES, WEIGHTS_FILE
 from accelrt.graph.weights import stub
+
+
+MAX_NODES = 5_000_000
+"""More than any model has; functions that call each other reach more with a few hundred bytes."""
 
 
 def load_graph(source: Path | bytes | onnx.ModelProto | ir.Model) -> Graph:
@@ -29,8 +34,29 @@ def load_graph(source: Path | bytes | onnx.ModelProto | ir.Model) -> Graph:
     Raises:
         GraphError: Not ONNX, not a valid graph, or external data that is missing or outside the model's folder.
     """
+    try:
+        graph = _load(source)
+        # What else could be wrong comes to light here, before anything is built on it.
+        for tensor in graph.weights.values():
+            _check_held(tensor)
+        _ = graph.constants, graph.nodes
+    except AccelrtError:
+        raise
+    except OSError as error:
+        raise GraphError(f"{_describe(source)} cannot be read: {error}") from error
+    except Exception as error:
+        # onnx, onnx-ir and protobuf raise what they like on models made to be wrong; each text format has its own.
+        raise GraphError(
+            f"{_describe(source)} is not an ONNX model that can be used: {_root_cause(error)}",
+            hint="Check that the file is complete; `onnx.checker.check_model` names the fault.",
+        ) from error
+    return graph
+
+
+def _load(source: Path | bytes | onnx.ModelProto | ir.Model) -> Graph:
     proto, weights = _split(_to_ir(source))
     if proto.functions:
+        _check_functions(proto)
         proto = inliner.inline_local_functions(proto)
     if any(node.op_type == "Gradient" for node in proto.graph.node):
         from accelrt.graph.gradient import lower_gradients  # of use to a handful of models
@@ -50,24 +76,89 @@ def load_graph(source: Path | bytes | onnx.ModelProto | ir.Model) -> Graph:
 def _to_ir(source: Path | bytes | onnx.ModelProto | ir.Model) -> ir.Model:
     if isinstance(source, ir.Model):
         return source.clone()
-    try:
-        if isinstance(source, Path):
-            # A model is found through a symlink where hubs keep them; its data lies beside what the link names.
-            # Absolute, because onnx-ir takes a model in the current folder for one without a folder.
-            return ir.load(source.absolute())
+    if isinstance(source, Path):
+        # A model is found through a symlink where hubs keep them; its data lies beside what the link names.
+        proto = onnx.load(source, load_external_data=False)
+    else:
         proto = onnx.ModelProto.FromString(source) if isinstance(source, bytes) else source
-        if not proto.HasField("graph"):
-            raise GraphError("The model holds no graph.", hint="Is this really a serialised ONNX ModelProto?")
-        return ir.from_proto(proto)
-    except GraphError:
-        raise
-    except OSError as error:
-        raise GraphError(f"{_describe(source)} cannot be opened: {error}") from error
-    except Exception as error:  # there are four formats, and each parser has its own errors
+    if not proto.HasField("graph"):
+        raise GraphError(f"{_describe(source)} holds no graph.", hint="Is this really a serialised ONNX ModelProto?")
+    _check_opsets(proto)
+    _check_names(proto.graph)
+    model = ir.from_proto(proto)
+    if isinstance(source, Path):
+        # Absolute, because onnx-ir takes a model in the current folder for one without a folder.
+        ir.external_data.set_base_dir(model.graph, source.absolute().parent)
+    return model
+
+
+def _check_names(graph: onnx.GraphProto) -> None:
+    """Refuse names given twice, of which onnx-ir would keep the last."""
+    for what, items in (("input", graph.input), ("output", graph.output), ("initialiser", graph.initializer)):
+        names = [item.name for item in items]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise GraphError(f"The model has more than one {what} named {twice!r}.")
+        if "" in names:
+            raise GraphError(f"The model has an {what} without a name.")
+
+
+def _check_opsets(proto: onnx.ModelProto) -> None:
+    if not any(entry.domain in ("", "ai.onnx") for entry in proto.opset_import) and proto.graph.node:
+        domains = {node.domain for node in proto.graph.node}
+        if domains & {"", "ai.onnx"}:
+            raise GraphError("The model says no version of the operator set that it uses (opset_import).")
+    versions: dict[str, int] = {}
+    for entry in proto.opset_import:
+        domain = "" if entry.domain == "ai.onnx" else entry.domain
+        name = domain or "ai.onnx"
+        if not 1 <= entry.version < 1 << 31:
+            raise GraphError(f"The model imports version {entry.version} of {name!r}.")
+        if versions.setdefault(domain, entry.version) != entry.version:
+            raise GraphError(f"The model imports {name!r} in two versions: {versions[domain]} and {entry.version}.")
+    if versions.get("", 0) > (known := onnx.defs.onnx_opset_version()):
         raise GraphError(
-            f"{_describe(source)} is not an ONNX model that can be read: {_root_cause(error)}",
-            hint="Check that the file is complete; `onnx.checker.check_model` names the fault.",
-        ) from error
+            f"The model is of opset {versions['']}; ONNX {onnx.__version__} knows up to {known}.",
+            hint="Upgrade the onnx package, or export the model to an older opset.",
+        )
+
+
+def _check_functions(proto: onnx.ModelProto) -> None:
+    """Refuse functions that call themselves, and those that would grow beyond all bounds when inlined."""
+    functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    sizes: dict[tuple[str, str, str], int] = {}
+    open_calls: set[tuple[str, str, str]] = set()
+
+    def size(nodes: Iterable[onnx.NodeProto]) -> int:
+        return sum(
+            1 + function_size((n.domain, n.op_type, n.overload)) + sum(size(body.node) for body in bodies_of(n))
+            for n in nodes
+        )
+
+    def function_size(key: tuple[str, str, str]) -> int:
+        if key in functions and key not in sizes:
+            if key in open_calls:
+                raise GraphError(f"The function {key[1]!r} of domain {key[0]!r} calls itself.")
+            open_calls.add(key)
+            sizes[key] = size(functions[key].node)
+            open_calls.discard(key)
+        return sizes.get(key, 0)
+
+    if (total := size(proto.graph.node)) > MAX_NODES:
+        raise GraphError(f"The model has {total} nodes once its functions are inlined; {MAX_NODES} is the most.")
+
+
+def _check_held(tensor: ir.TensorProtocol) -> None:
+    """Refuse a weight whose data is not as long as its dims say; one that lies in a file was checked before."""
+    if not isinstance(tensor, ir.ExternalTensor) and tensor.numpy().nbytes == 0:
+        raise GraphError(f"The weight {tensor.name!r} has no data.")
+
+
+def _check_dims(name: str, tensor: ir.TensorProtocol) -> None:
+    if tensor.dtype == ir.DataType.UNDEFINED:
+        raise GraphError(f"The tensor {name!r} has no element type.")
+    if any(dim < 0 for dim in tensor.shape.numpy()):
+        raise GraphError(f"The tensor {name!r} has the dims {list(tensor.shape.numpy())}.")
 
 
 def _describe(source: object) -> str:
@@ -90,6 +181,7 @@ def _split(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:
             tensor = value.const_value
             if tensor is None:
                 raise GraphError(f"Initialiser {name!r} has no data.")
+            _check_dims(name, tensor)
             external = tensor if isinstance(tensor, ir.ExternalTensor) else None
             if external is not None:
                 _check_extent(external)
@@ -99,10 +191,7 @@ def _split(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:
             elif external is not None:
                 # Inside bodies, and for small tensors, the data joins the structure.
                 value.const_value = _internal(external)
-    try:
-        return ir.to_proto(model), weights
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise GraphError(f"The model cannot be written as ONNX: {_root_cause(error)}") from error
+    return ir.to_proto(model), weights
 
 
 def _placeholder(name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
@@ -165,6 +254,7 @@ def _lift_constants(graph: onnx.GraphProto) -> dict[str, Any]:
     """Turn Constant nodes of the main graph into initialisers, so that constants travel with whoever reads them."""
     weights: dict[str, Any] = {}
     outputs = {value.name for value in graph.output}
+    taken = {item.name for item in (*graph.input, *graph.initializer)}
     kept: list[onnx.NodeProto] = []
     for node in graph.node:
         tensor = _constant(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
@@ -172,7 +262,11 @@ def _lift_constants(graph: onnx.GraphProto) -> dict[str, Any]:
             kept.append(node)
             continue
         tensor.name = node.output[0]
+        if tensor.name in taken:
+            raise GraphError(f"The value {tensor.name!r} is produced more than once.")
+        taken.add(tensor.name)
         held = ir.serde.deserialize_tensor(tensor)
+        _check_dims(tensor.name, held)
         if held.nbytes > INLINE_BYTES and tensor.data_type != onnx.TensorProto.STRING:
             weights[tensor.name] = held
             tensor = stub(tensor.name, held)
@@ -212,10 +306,15 @@ def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
 def _free_initializer_outputs(graph: onnx.GraphProto, weights: dict[str, Any]) -> None:
     """Give each graph output that is an initialiser a node to come from, so that every output is computed."""
     initializers = {tensor.name: tensor for tensor in graph.initializer}
+    taken: set[str] | None = None
     for output in graph.output:
         if (tensor := initializers.get(output.name)) is None:
             continue
+        taken = names_in(graph) if taken is None else taken
         inner = f"{output.name}__value"
+        while inner in taken:
+            inner += "_"
+        taken.add(inner)
         for node in graph.node:
             _rename_reads(node, output.name, inner)
         tensor.name = inner

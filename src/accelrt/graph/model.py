@@ -163,7 +163,7 @@ class Graph:
             return self
         if len(set(names.values())) != len(names):
             raise GraphError(f"Names of inputs and outputs must differ: {sorted(names.values())}.")
-        if clash := set(names.values()) & (set(self.types) - set(names)):
+        if clash := set(names.values()) & (names_in(self.proto.graph) - set(names)):
             raise GraphError(f"{sorted(clash)[0]!r} already names another value of the model.")
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
@@ -191,6 +191,14 @@ def _unique(proto: onnx.NodeProto, index: int, taken: set[str]) -> str:
         name = f"{name}#{index}"
     taken.add(name)
     return name
+
+
+def names_in(graph: onnx.GraphProto) -> set[str]:
+    """Return every name that a value has in a graph or in the bodies inside it."""
+    names = {value.name for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer)}
+    for node in graph.node:
+        names.update(node.input, node.output, *(names_in(body) for body in bodies_of(node)))
+    return names
 
 
 def bodies_of(proto: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
