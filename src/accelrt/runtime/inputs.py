@@ -29,8 +29,11 @@ class Binder:
         self._names = signature.input_names
         self._count = len(signature.inputs)
         tensors = [(port.name, port.type) for port in signature.inputs if isinstance(port.type, TensorType)]
-        # Only plain tensors of known rank have a fast way; an empty tuple here sends all calls the slow way.
-        fast = len(tensors) == self._count and all(type_.shape is not None for _, type_ in tensors)
+        # Only plain tensors of known rank have a fast way; an empty tuple here sends all calls the slow way. Text has
+        # none either: an array of objects may hold anything.
+        fast = len(tensors) == self._count and all(
+            type_.shape is not None and type_.dtype != "string" for _, type_ in tensors
+        )
         self._fast: tuple[tuple[str, Any, int, tuple[int, ...] | None, tuple[tuple[int, int], ...]], ...] = ()
         if fast:
             self._fast = tuple((name, *_expectation(type_)) for name, type_ in tensors)
