@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import accelrt
-from accelrt.errors import ExecutionError, InputError, SessionClosed
+from accelrt.errors import ExecutionError, IncompatibleProgram, InputError, SessionClosed
 from accelrt.registry import REGISTRY
 from accelrt.runtime.metrics import LatencyHistogram
 from accelrt.runtime.session import Session
-from accelrt.testing.fake import FakeBackend
+from accelrt.testing.fake import FakeBackend, FakeEngine, _FakeExecutable
 
 
 def identity(elem_type: int, shape: list[Any] | None = None) -> onnx.ModelProto:
@@ -198,8 +198,9 @@ def test_text() -> None:
     session = _cached(TensorProto.STRING)
     for value in (["a", "ß"], np.array(["a", "ß"]), np.array(["a", "ß"], object), np.array(["a", "ß".encode()], "S")):
         assert session.predict({"x": value})["y"].tolist() == ["a", "ß"]
-    for wrong in ([1], ["a", 1], np.array([1])):
-        with pytest.raises(InputError):
+    objects = (np.array([None], object), np.array(["a", 1], object), np.array([["a"]], object))
+    for wrong in ([1], ["a", 1], np.array([1]), [b"\xff"], [[]], *objects):
+        with pytest.raises(InputError, match="'x'"):
             session.predict({"x": wrong})
 
 
@@ -485,3 +486,121 @@ def test_stats() -> None:
         assert (stats.calls, stats.errors, stats.fallbacks, stats.latency.n) == (4, 1, 0, 3)
         assert stats.engines == ("cpu/onnxruntime",)
         assert 0 < stats.latency.min_ms <= stats.latency.p50_ms <= stats.latency.p99_ms <= stats.latency.max_ms
+
+
+# What ends and what is held
+
+
+@pytest.fixture
+def executables(monkeypatch: pytest.MonkeyPatch) -> tuple[list[_FakeExecutable], list[_FakeExecutable]]:
+    """Every program of the stand-in that was loaded, and every one that was closed."""
+    opened: list[_FakeExecutable] = []
+    closed: list[_FakeExecutable] = []
+    make, close = _FakeExecutable.__init__, _FakeExecutable.close
+    monkeypatch.setattr(_FakeExecutable, "__init__", lambda self, *a: (opened.append(self), make(self, *a))[1])
+    monkeypatch.setattr(_FakeExecutable, "close", lambda self: (closed.append(self), close(self))[1])
+    return opened, closed
+
+
+@pytest.mark.parametrize("behaviour", [{}, {"lost_after": 1}, {"operators": {"Mul"}, "lost_after": 1}], ids=str)
+def test_every_program_is_closed_once_its_device_lost_or_not(
+    behaviour: dict[str, Any],
+    executables: tuple[list[_FakeExecutable], list[_FakeExecutable]],
+    fake: Callable[..., str],
+) -> None:
+    opened, closed = executables
+    artifact = accelrt.compile(chain(), fake(**behaviour), fallback="allow", cache=False)
+    with accelrt.load(artifact, fallback="allow") as session:
+        for _ in range(3):
+            session.predict(np.ones((2, 4), np.float32))
+        assert closed == []
+    assert len(opened) == (6 if "operators" in behaviour else 1)
+    assert sorted(map(id, opened)) == sorted(map(id, closed))
+
+
+def test_many_threads_lose_a_device_together(fake: Callable[..., str]) -> None:
+    for _ in range(5):
+        artifact = accelrt.compile(chain(), fake(lost_after=20), cache=False)
+        with accelrt.load(artifact, fallback="allow") as session, ThreadPoolExecutor(16) as pool:
+            xs = [np.full((1, 4), n, np.float32) for n in range(160)]
+            for x, outputs in zip(xs, pool.map(session.predict, xs), strict=True):
+                np.testing.assert_allclose(outputs["y"], expected(x), rtol=1e-5)
+            assert session.stats().errors == 0
+            assert session.stats().fallbacks == 140
+
+
+def test_a_lost_device_is_not_in_use_and_not_asked_again(
+    executables: tuple[list[_FakeExecutable], list[_FakeExecutable]], fake: Callable[..., str]
+) -> None:
+    artifact = accelrt.compile(chain(), fake(lost_after=3), cache=False)
+    with accelrt.load(artifact, fallback="allow") as session:
+        for _ in range(8):
+            session.predict(np.ones((2, 4), np.float32))
+        assert session.stats().engines == ("cpu",)
+        (executable,) = executables[0]
+        assert next(executable._calls) == 4
+
+
+def test_what_cannot_be_loaded_is_counted_on_each_run_and_said_once(
+    fake: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact = accelrt.compile(chain(), fake(memory_bytes=10), cache=False)
+    with caplog.at_level(logging.WARNING, "accelrt"), accelrt.load(artifact) as session:
+        assert session.stats().fallbacks == 0
+        for _ in range(3):
+            session.predict(np.ones((2, 4), np.float32))
+        assert session.stats().fallbacks == 3
+        assert session.stats().engines == ("cpu",)
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+
+
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_an_engine_that_takes_one_call_at_a_time_gets_one(
+    concurrent: bool, fake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, most = itertools.count(), [0]
+    left = itertools.count()
+    run = _FakeExecutable.run
+
+    def counted(self: _FakeExecutable, inputs: Any) -> Any:
+        most[0] = max(most[0], next(inside) + 1 - left.__reduce__()[1][0])
+        time.sleep(0.002)
+        try:
+            return run(self, inputs)
+        finally:
+            next(left)
+
+    monkeypatch.setattr(_FakeExecutable, "run", counted)
+    artifact = accelrt.compile(chain(), fake(concurrent=concurrent), cache=False)
+    with accelrt.load(artifact) as session, ThreadPoolExecutor(8) as pool:
+        list(pool.map(session.predict, [np.ones((2, 4), np.float32)] * 64))
+    assert (most[0] > 1) is concurrent
+
+
+def test_an_engine_that_raises_anything_at_load_falls_back(fake: Callable[..., str], monkeypatch: Any) -> None:
+    artifact = accelrt.compile(chain(), fake(), cache=False)
+    monkeypatch.setattr(FakeEngine, "load", lambda *_: {}["no such key"])
+    x = np.ones((2, 4), np.float32)
+    with accelrt.load(artifact, fallback="allow") as session:
+        np.testing.assert_allclose(session.predict(x)["y"], expected(x), rtol=1e-5)
+    with pytest.raises(IncompatibleProgram, match="KeyError"):
+        accelrt.load(artifact, fallback="error")
+
+
+@pytest.mark.parametrize(
+    ("elem_type", "value", "fits"),
+    [
+        (TensorProto.FLOAT, 1e300, False), (TensorProto.FLOAT, 10**40, False), (TensorProto.FLOAT, float("inf"), True),
+        (TensorProto.FLOAT, float("nan"), True), (TensorProto.FLOAT16, 65504, True), (TensorProto.FLOAT16, 70000, False),
+        (TensorProto.BFLOAT16, 1.5, True), (TensorProto.BFLOAT16, 1e39, False), (TensorProto.INT4, 7, True),
+        (TensorProto.INT4, 8, False), (TensorProto.INT4, 1.5, False), (TensorProto.UINT4, 16, False),
+        (TensorProto.UINT64, 2**64 - 1, True), (TensorProto.UINT64, -1, False),
+    ],
+)  # fmt: skip
+def test_python_numbers_too_large_for_the_type_are_refused(elem_type: int, value: Any, fits: bool) -> None:
+    with accelrt.load(identity(elem_type)) as session:
+        if fits:
+            np.testing.assert_array_equal(session.predict({"x": [value]})["y"].astype(np.float64), [float(value)])
+        else:
+            with pytest.raises(InputError, match="'x'"):
+                session.predict({"x": [value]})

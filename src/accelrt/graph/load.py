@@ -17,7 +17,6 @@ from accelrt.graph.model import Graph, bodies_of, captures_of, names_in
 from accelrt.graph.node import INLINE_BYTES, WEIGHTS_FILE
 from accelrt.graph.weights import stub
 
-
 MAX_NODES = 5_000_000
 """More than any model has; functions that call each other reach more with a few hundred bytes."""
 
