@@ -57,7 +57,12 @@ class ReferenceEngine(Engine):
     def supports(self, node: Node, precision: Precision) -> Verdict:
         if precision != "fp32":
             return Verdict.refuse(f"precision {precision} is not offered by this engine")
-        return _verdict(node)
+        from accelrt.graph.trial import malformed
+
+        verdict = _verdict(node)
+        if verdict.supported and (problem := malformed(node)) is not None:
+            return Verdict.refuse(f"the node breaks the rules of its operator: {problem}")
+        return verdict
 
     def compile(self, job: CompileJob, out: Path) -> Program:
         import onnx

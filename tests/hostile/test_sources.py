@@ -703,13 +703,11 @@ def test_objects_that_are_no_models(thing: Any) -> None:
         accelrt.load(thing)
 
 
-@pytest.mark.xfail(reason="sources.open_source asks the path with `exists`, which raises OSError")
 def test_a_path_that_is_too_long() -> None:
     with pytest.raises(AccelrtError):
         accelrt.compile("a" * 5000 + ".onnx", cache=False)
 
 
-@pytest.mark.xfail(reason="sources.open_source opens whatever exists")
 def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.onnx")
     code = f"import accelrt\ntry: accelrt.compile({str(tmp_path / 'pipe.onnx')!r})\nexcept accelrt.errors.AccelrtError: print('typed')"

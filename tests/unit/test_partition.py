@@ -387,7 +387,7 @@ def test_nothing_moves_to_where_it_failed_to_compile() -> None:
 
 
 def test_merging_ends_on_a_long_alternating_chain() -> None:
-    size = 400
+    size = 2000
     nodes = [node(i, [f"v{i - 1}.0"] if i else ["x0"]) for i in range(size)]
     able = tuple(frozenset({0, 1}) if i % 2 else frozenset({1}) for i in range(size))
     drawn = Drawn(tuple(nodes), able, 2)

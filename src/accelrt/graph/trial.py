@@ -76,3 +76,23 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         yield node
         for body in bodies_of(node):
             yield from _all_nodes(body)
+
+
+def malformed(node: Node) -> str | None:
+    """Return how a node breaks the rules of its operator, None if it keeps them or they are not known.
+
+    Runtimes check this when they load a model; whoever computes without checking would answer for nonsense.
+    """
+    types = (*node.input_types, *node.capture_types)
+    names = (*node.inputs, *node.captures)
+    if any(name and type_ is None for name, type_ in zip(names, types, strict=True)):
+        return None
+    model = single_node_model(node)
+    del model.graph.output[:]  # what it should yield is the operator's to say
+    try:
+        onnx.checker.check_model(model)
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        text = " ".join(str(error).split())
+        return text if len(text) <= 300 else text[:297] + "..."
+    return None

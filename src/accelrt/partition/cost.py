@@ -40,18 +40,23 @@ def partition(
     settled: set[tuple[int, ...]] = set()
     while True:
         pieces = cut(nodes, owners)
-        island = next((p for p in pieces if len(p.nodes) < min_segment_nodes and p.nodes not in settled), None)
-        if island is None or len(pieces) == 1:
+        islands = [p for p in pieces if len(p.nodes) < min_segment_nodes and p.nodes not in settled]
+        if not islands or len(pieces) == 1:
             return Partition(tuple(pieces), tuple(map(tuple, verdicts)))
-        heir = _heir(nodes, island, candidates, precisions, verdicts, refused)
-        if heir is None:
-            settled.add(island.nodes)
-            continue
-        for index in island.nodes:
-            owners[index] = heir
-            verdicts[island.owner][index] = Verdict.refuse(
-                f"supported, but in an island of {len(island.nodes)} nodes where {min_segment_nodes} are wanted"
-            )
+        # One engine's islands at a time, since what they leave for may thereby cease to be islands.
+        lowest = min(island.owner for island in islands)
+        for island in islands:
+            if island.owner != lowest:
+                continue
+            heir = _heir(nodes, island, candidates, precisions, verdicts, refused)
+            if heir is None:
+                settled.add(island.nodes)
+                continue
+            for index in island.nodes:
+                owners[index] = heir
+                verdicts[island.owner][index] = Verdict.refuse(
+                    f"supported, but in an island of {len(island.nodes)} nodes where {min_segment_nodes} are wanted"
+                )
 
 
 def _heir(

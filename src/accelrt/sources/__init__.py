@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +52,14 @@ def open_source(model: Any, request: SourceRequest) -> Source:
 
 
 def _open_path(path: Path, request: SourceRequest) -> Source:
-    if not path.exists():
-        raise SourceError(f"There is no file {path}.", hint=ACCEPTED)
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise SourceError(f"There is no file {str(path)[:200]!r}: {error}.", hint=ACCEPTED) from error
+    if stat.S_ISDIR(mode):
         raise SourceError(f"{path} is a folder, and no folder is a model in this version.", hint=ACCEPTED)
+    if not stat.S_ISREG(mode):
+        raise SourceError(f"{path} is no regular file.", hint=ACCEPTED)
     if torch_files.recognises_file(path) is not None or path.suffix in (".pt", ".pth", ".pt2"):
         return _open_torch(path, request)
     from accelrt.errors import GraphError
