@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _PROVIDERS = ["CPUExecutionProvider"]
 _MODEL = "model.onnx"
 _ERRORS_ONLY = 3
-MAX_THREADS = 1024
+MAX_THREADS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,9 @@ class OnnxRuntimeEngine(Engine):
 
     @cached_property
     def _ort(self) -> Any:
-        return importlib.import_module("onnxruntime")
+        ort = importlib.import_module("onnxruntime")
+        ort.disable_telemetry_events()  # the wheel otherwise keeps a database of events in the user's cache
+        return ort
 
     @cached_property
     def _knowledge(self) -> Knowledge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from typing import Any
 
@@ -189,10 +190,19 @@ def _from_ort(value: Any, type_: ValueType) -> Value:
         return None
     match type_:
         case TensorType(dtype) if dtype in _SAME_BITS:
-            return value.numpy().view(numpy_dtype(dtype))
+            return _bits_of(value).view(numpy_dtype(dtype)).reshape(value.shape())
         case TensorType(dtype) if dtype in _WIDER:
             return value.numpy().astype(numpy_dtype(dtype))
     return value.numpy()
+
+
+def _bits_of(value: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Copy the bytes of an OrtValue whose type its own `numpy` does not know."""
+    size = value.tensor_size_in_bytes()
+    if size == 0:
+        return np.empty(0, np.uint8)
+    held = (ctypes.c_uint8 * size).from_address(value.data_ptr())
+    return np.frombuffer(held, np.uint8).copy()
 
 
 def _closed(*_: object) -> Any:

@@ -34,8 +34,8 @@ class OpenVinoOptions:
     pinning: bool | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threads <= 1024 or not 1 <= self.streams <= 1024:
-            raise OptionError(f"threads must be 0 to 1024 and streams 1 to 1024, not {self}.")
+        if not 0 <= self.threads <= 256 or not 1 <= self.streams <= 256:
+            raise OptionError(f"threads must be 0 to 256 and streams 1 to 256, not {self}.")
 
 
 def properties_of(options: OpenVinoOptions) -> dict[str, str]:

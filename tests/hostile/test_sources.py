@@ -360,19 +360,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, st
     )
 
 
-TAKEN_BY_REFERENCE = {"too-many-inputs", "wrong-attribute", "unknown-attribute", "types-contradict"}
-"""Refused by onnxruntime, but not by the last resort, cpu/reference, which does not check its nodes."""
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason="cpu/reference takes malformed nodes"))
-        if name in TAKEN_BY_REFERENCE
-        else name
-        for name in cases()
-    ],
-)
+@pytest.mark.parametrize("name", cases())
 def test_models_that_contradict_themselves_are_refused(name: str, refused: dict[str, tuple[str, str]]) -> None:
     kind, detail = refused[name]
     assert kind in ("GraphError", "CompileError"), detail

@@ -40,6 +40,7 @@ class AccelrtBackend(Backend):  # type: ignore[misc]
 
     target: ClassVar[str] = "cpu"
     options: ClassVar[Mapping[str, Any]] = {}
+    fallback: ClassVar[str] = "error"
     nodes: ClassVar[Counter[tuple[str, str]]]
 
     @classmethod
@@ -48,7 +49,7 @@ class AccelrtBackend(Backend):  # type: ignore[misc]
         artifact = accelrt.compile(model, cls.target, fallback="allow", options=cls.options, cache=False)
         for segment in artifact.placement.segments:
             cls.nodes.update((segment.engine, node.kind) for node in segment.nodes)
-        return SessionRep(accelrt.load(artifact, fallback="allow"))
+        return SessionRep(accelrt.load(artifact, fallback=cls.fallback))
 
     @classmethod
     def supports_device(cls, device: str) -> bool:
@@ -56,7 +57,14 @@ class AccelrtBackend(Backend):  # type: ignore[misc]
         return device == "CPU"
 
 
-def backend_for(target: str, options: Mapping[str, Any] | None = None) -> type[AccelrtBackend]:
-    """Return an ONNX backend class that runs everything through one target."""
+def backend_for(
+    target: str, options: Mapping[str, Any] | None = None, *, fallback: str = "error"
+) -> type[AccelrtBackend]:
+    """Return an ONNX backend class that runs everything through one target.
+
+    ``fallback`` is the policy at load and run: by default a segment must run where its placement says.
+    """
     name = "Accelrt" + "".join(part.capitalize() for part in target.replace("/", "-").split("-"))
-    return type(name, (AccelrtBackend,), {"target": target, "options": options or {}, "nodes": Counter()})
+    return type(
+        name, (AccelrtBackend,), {"target": target, "options": options or {}, "fallback": fallback, "nodes": Counter()}
+    )
