@@ -369,3 +369,23 @@ def test_a_model_of_more_than_two_gigabytes(tmp_path: Path, capsys: pytest.Captu
     assert facts["weights"] > 2**31
     assert facts["right"]
     assert facts["accelrt_peak"] < 1.3 * facts["onnxruntime_peak"]
+
+
+def test_a_model_in_the_cache_of_a_hub(tmp_path: Path, scores: np.ndarray) -> None:
+    """Hubs keep files under their hashes and link to them; model and data then lie in one folder after all."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main" / "onnx"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    onnx.save(
+        small_cnn(), blobs / "model.onnx", save_as_external_data=True, location="model.onnx_data", size_threshold=0
+    )
+    (blobs / "model.onnx").rename(blobs / "aaaa")
+    (blobs / "model.onnx_data").rename(blobs / "bbbb")
+    (snapshot / "model.onnx").symlink_to(blobs / "aaaa")
+    (snapshot / "model.onnx_data").symlink_to(blobs / "bbbb")
+    assert answers(snapshot / "model.onnx", scores) == ("cpu/onnxruntime",)
+    (snapshot / "model.onnx_data").unlink()
+    (tmp_path / "secret").write_bytes((blobs / "bbbb").read_bytes())
+    (snapshot / "model.onnx_data").symlink_to(tmp_path / "secret")
+    with pytest.raises(accelrt.errors.GraphError, match="outside the model's folder"):
+        accelrt.compile(snapshot / "model.onnx")

@@ -76,7 +76,6 @@ def _to_ir(source: Path | bytes | onnx.ModelProto | ir.Model) -> ir.Model:
     if isinstance(source, ir.Model):
         return source.clone()
     if isinstance(source, Path):
-        # A model is found through a symlink where hubs keep them; its data lies beside what the link names.
         proto = onnx.load(source, load_external_data=False)
     else:
         proto = onnx.ModelProto.FromString(source) if isinstance(source, bytes) else source
@@ -88,7 +87,23 @@ def _to_ir(source: Path | bytes | onnx.ModelProto | ir.Model) -> ir.Model:
     if isinstance(source, Path):
         # Absolute, because onnx-ir takes a model in the current folder for one without a folder.
         ir.external_data.set_base_dir(model.graph, source.absolute().parent)
+        if (real := source.resolve()) != source.absolute():
+            _follow_links(model.graph, source.absolute().parent, real.parent)
     return model
+
+
+def _follow_links(graph: ir.Graph, folder: Path, real: Path) -> None:
+    """Find data where hubs keep it: model and data are links into one folder, ``real``, which holds both."""
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor) or ".." in Path(tensor.location).parts:
+            continue
+        target = (folder / tensor.location).resolve()
+        if target.parent == real:
+            value.const_value = ir.ExternalTensor(
+                target.name, tensor.offset, tensor.length, tensor.dtype,
+                shape=tensor.shape, name=str(value.name), base_dir=real,
+            )  # fmt: skip
 
 
 def _check_names(graph: onnx.GraphProto) -> None:
