@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from accelrt.graph.node import Node
-from accelrt.graph.types import Dim, TensorType
 
 
 def deviation(node: Node) -> str | None:
@@ -40,47 +39,29 @@ class _Deviation:
     reason: str
 
 
-def _present(names: tuple[str, ...], index: int) -> bool:
-    return index < len(names) and bool(names[index])
-
-
-def _shape(node: Node, index: int) -> tuple[Dim, ...] | None:
-    type_ = node.input_types[index] if index < len(node.input_types) else None
-    return type_.shape if isinstance(type_, TensorType) else None
-
-
-def _dim(node: Node, index: int, axis: int) -> int | None:
-    """Return one static size of an input, None where it is not known."""
-    shape = _shape(node, index)
-    if shape is None or not -len(shape) <= axis < len(shape):
-        return None
-    dim = shape[axis]
-    return dim if isinstance(dim, int) else None
-
-
 def _attention_window(node: Node) -> bool:
     return "left_window_size" in node.attributes or "right_window_size" in node.attributes
 
 
 def _attention_scores(node: Node) -> bool:
     masked = bool(node.attributes.get("is_causal", 0)) or node.input_dtype(3) == "bool"
-    return masked and _present(node.outputs, 3) and node.attributes.get("qk_matmul_output_mode", 0) == 2
+    return masked and node.has_output(3) and node.attributes.get("qk_matmul_output_mode", 0) == 2
 
 
 def _attention_short_mask(node: Node) -> bool:
-    if not _present(node.inputs, 3):
+    if not node.has_input(3):
         return False
-    rank = len(_shape(node, 1) or ())
-    mask, total = _dim(node, 3, -1), _dim(node, 1, {4: 2, 3: 1}.get(rank, rank))
-    if _present(node.inputs, 4):
-        past = _dim(node, 4, 2)
+    rank = len(node.input_shape(1) or ())
+    mask, total = node.input_size(3, -1), node.input_size(1, {4: 2, 3: 1}.get(rank, rank))
+    if node.has_input(4):
+        past = node.input_size(4, 2)
         total = None if total is None or past is None else total + past
     return mask is not None and total is not None and mask != total
 
 
 def _conv_integer_channel_zero_points(node: Node) -> bool:
     # A zero point of unknown shape is refused too: the kernel fails at run, too late to choose another.
-    return _present(node.inputs, 3) and _shape(node, 3) not in {(), (1,)}
+    return node.has_input(3) and node.input_shape(3) not in {(), (1,)}
 
 
 def _float32(node: Node) -> bool:
@@ -88,7 +69,7 @@ def _float32(node: Node) -> bool:
 
 
 def _seeded_training(node: Node) -> bool:
-    if "seed" not in node.attributes or not _present(node.inputs, 2):
+    if "seed" not in node.attributes or not node.has_input(2):
         return False
     mode = node.constants.get(2)
     return mode is None or bool(np.all(mode))
@@ -99,11 +80,11 @@ def _batchwise(node: Node) -> bool:
 
 
 def _unpool_output_shape(node: Node) -> bool:
-    return _present(node.inputs, 2)
+    return node.has_input(2)
 
 
 def _empty_bool(node: Node) -> bool:
-    return node.input_dtype(0) == "bool" and 0 in (_shape(node, 0) or ())
+    return node.input_dtype(0) == "bool" and 0 in (node.input_shape(0) or ())
 
 
 def _needs_locale(node: Node) -> bool:

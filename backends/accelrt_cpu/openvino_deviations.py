@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from accelrt.graph.node import Node
-from accelrt.graph.types import Dim, TensorType, ValueType
+from accelrt.graph.types import TensorType, ValueType
 
 _INT32 = np.iinfo(np.int32)
 _EXACT_IN_FLOAT32 = 2**24
@@ -217,62 +217,44 @@ def _wide_fill(node: Node) -> bool:
     return not _fits(node.attributes.get("value")) and node.output_dtype(0) == "int64"
 
 
-def _present(node: Node, index: int) -> bool:
-    return index < len(node.inputs) and bool(node.inputs[index])
-
-
-def _shape(node: Node, index: int) -> tuple[Dim, ...] | None:
-    type_ = node.input_types[index] if index < len(node.input_types) else None
-    return type_.shape if isinstance(type_, TensorType) else None
-
-
-def _dim(node: Node, index: int, axis: int) -> int | None:
-    """Return one static size of an input, None where it is not known."""
-    shape = _shape(node, index)
-    if shape is None or not -len(shape) <= axis < len(shape):
-        return None
-    dim = shape[axis]
-    return dim if isinstance(dim, int) else None
-
-
 def _attention_beyond_plain(node: Node) -> bool:
     windowed = "left_window_size" in node.attributes or "right_window_size" in node.attributes
-    continued = bool(node.attributes.get("is_causal", 0)) and _present(node, 4)
-    return windowed or continued or _present(node, 6) or node.input_dtype(0) == "bfloat16"
+    continued = bool(node.attributes.get("is_causal", 0)) and node.has_input(4)
+    return windowed or continued or node.has_input(6) or node.input_dtype(0) == "bfloat16"
 
 
 def _attention_groups(node: Node) -> bool:
     heads = node.attributes.get("q_num_heads"), node.attributes.get("kv_num_heads")
     if None in heads:
-        heads = _dim(node, 0, 1), _dim(node, 1, 1)
+        heads = node.input_size(0, 1), node.input_size(1, 1)
     return heads[0] is None or heads[0] != heads[1]
 
 
 def _splits_unevenly(node: Node) -> bool:
     parts = node.attributes.get("num_outputs")
-    size = _dim(node, 0, node.attributes.get("axis", 0))
+    size = node.input_size(0, node.attributes.get("axis", 0))
     return parts is not None and (size is None or size % int(parts) != 0)
 
 
 def _flattens(node: Node) -> bool:
     """Whether a softmax runs over several axes at once, as between opset 11 and 12."""
-    rank = len(_shape(node, 0) or ())
+    rank = len(node.input_shape(0) or ())
     return node.version == 11 and node.attributes.get("axis", 1) % max(rank, 1) != rank - 1
 
 
 def _normalises_otherwise(node: Node) -> bool:
-    open_sizes = not all(isinstance(dim, int) for dim in _shape(node, 0) or (None,))
+    open_sizes = not all(isinstance(dim, int) for dim in node.input_shape(0) or (None,))
     return open_sizes or node.attributes.get("bias", 1.0) != 1.0
 
 
 def _pads_unknown_sizes(node: Node) -> bool:
     """Whether the padding of a transposed convolution depends on sizes that are open."""
     derived = node.attributes.get("auto_pad", "NOTSET").startswith("SAME") or "output_shape" in node.attributes
-    return derived and not all(isinstance(dim, int) for dim in (_shape(node, 0) or (None,) * 3)[2:])
+    return derived and not all(isinstance(dim, int) for dim in (node.input_shape(0) or (None,) * 3)[2:])
 
 
 def _indexes_fewer(node: Node) -> bool:
-    data, indices, axis = _shape(node, 0) or (), _shape(node, 1) or (), node.attributes.get("axis", 0)
+    data, indices, axis = node.input_shape(0) or (), node.input_shape(1) or (), node.attributes.get("axis", 0)
     pairs = list(zip(data, indices, strict=False))
     pairs.pop(axis)
     return any(size is None or size != count for size, count in pairs)
@@ -280,7 +262,7 @@ def _indexes_fewer(node: Node) -> bool:
 
 def _slope_by_channel(node: Node) -> bool:
     """Whether OpenVINO may take a slope of one dimension as one a channel, where ONNX aligns it with the last."""
-    data, slope = _shape(node, 0) or (), _shape(node, 1) or ()
+    data, slope = node.input_shape(0) or (), node.input_shape(1) or ()
     return len(slope) == 1 and slope != (1,) and len(data) > 2
 
 
@@ -304,9 +286,9 @@ def _half(node: Node) -> bool:
 
 def _may_be_empty(node: Node) -> bool:
     """Whether a set that is reduced may have no elements: only what sizes are static is known to have some."""
-    shape = _shape(node, 0) or ()
+    shape = node.input_shape(0) or ()
     axes = node.attributes.get("axes")
-    if axes is None and _present(node, 1):
+    if axes is None and node.has_input(1):
         axes = tuple(node.constants[1].ravel()) if 1 in node.constants else None
     reduced = [shape[axis] for axis in axes] if axes else shape
     return not all(isinstance(dim, int) and dim > 0 for dim in reduced)
@@ -318,7 +300,7 @@ def _resizes_otherwise(node: Node) -> bool:
         bool(node.attributes.get("antialias", 0) or node.attributes.get("exclude_outside", 0))
         or node.attributes.get("keep_aspect_ratio_policy", "stretch") != "stretch"
         or node.attributes.get("nearest_mode", "") == "round_prefer_ceil"
-        or (mode == "align_corners" and _present(node, 2) and not _present(node, 3))
+        or (mode == "align_corners" and node.has_input(2) and not node.has_input(3))
     )
 
 
@@ -331,7 +313,7 @@ def _repeats_unknown(node: Node) -> bool:
 
 
 def _trains(node: Node) -> bool:
-    return _present(node, 2) and (2 not in node.constants or bool(np.any(node.constants[2])))
+    return node.has_input(2) and (2 not in node.constants or bool(np.any(node.constants[2])))
 
 
 _ACCUMULATE = (_Deviation(_always, "OpenVINO sums products of integers in float32, which is not exact"),)

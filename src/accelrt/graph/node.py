@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from accelrt.graph.types import TensorType, ValueType
+from accelrt.graph.types import Dim, TensorType, ValueType
 
 INLINE_BYTES = 1024
 """Constants up to this size travel inside a node's view and inside ONNX files; larger ones are weights."""
@@ -81,6 +81,27 @@ class Node:
         """Return the data type of an input, None if absent, unknown or no tensor."""
         type_ = self.input_types[index] if index < len(self.input_types) else None
         return type_.dtype if isinstance(type_, TensorType) else None
+
+    def has_input(self, index: int) -> bool:
+        """Tell whether an input is there."""
+        return index < len(self.inputs) and bool(self.inputs[index])
+
+    def has_output(self, index: int) -> bool:
+        """Tell whether an output is there."""
+        return index < len(self.outputs) and bool(self.outputs[index])
+
+    def input_shape(self, index: int) -> tuple[Dim, ...] | None:
+        """Return the shape of an input, None if absent, of unknown rank or no tensor."""
+        type_ = self.input_types[index] if index < len(self.input_types) else None
+        return type_.shape if isinstance(type_, TensorType) else None
+
+    def input_size(self, index: int, axis: int) -> int | None:
+        """Return one static size of an input, None where it is not known."""
+        shape = self.input_shape(index)
+        if shape is None or not -len(shape) <= axis < len(shape):
+            return None
+        dim = shape[axis]
+        return dim if isinstance(dim, int) else None
 
     def output_dtype(self, index: int) -> str | None:
         """Return the data type of an output, None if absent, unknown or no tensor."""
