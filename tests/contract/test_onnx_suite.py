@@ -9,7 +9,7 @@ import logging
 import unittest
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import onnx
@@ -56,7 +56,7 @@ def _cases(backend: type[AccelrtBackend]) -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_case_passes_and_says_where_it_ran(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_case_passes_and_says_where_it_ran(target: str, record_property: Callable[[str, object], None]) -> None:
     logging.disable(logging.WARNING)
     if target != "cpu":
         accelrt.register(FakeBackend.configured(target, **TARGETS[target]))
@@ -78,8 +78,7 @@ def test_every_case_passes_and_says_where_it_ran(target: str, capsys: pytest.Cap
     ran: Counter[str] = Counter()
     for (engine, _), count in backend.nodes.items():
         ran[engine] += count
-    with capsys.disabled():
-        print(f"\n{target}: {passed} cases passed, {len(failed)} listed exceptions; nodes: {dict(ran)}")
+    record_property("summary", f"{target}: {passed} cases passed, {len(failed)} exceptions; nodes run: {dict(ran)}")
     assert not skipped
     unexpected = {name: reason for name, reason in failed.items() if name not in EXCEPTIONS}
     assert not unexpected, "\n".join(f"{name}: {reason[:300]}" for name, reason in unexpected.items())

@@ -355,7 +355,7 @@ def test_what_belongs_to_compiling_is_refused_for_an_artifact(tmp_path: Path) ->
 
 
 @pytest.mark.suite
-def test_a_model_of_more_than_two_gigabytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_of_more_than_two_gigabytes(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """No limit of protobuf, and no second copy of the weights: peak memory is held against the size."""
     code = Path(__file__).with_name("large_model.py").read_text()
     environment = {**os.environ, "ACCELRT_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
@@ -364,8 +364,7 @@ def test_a_model_of_more_than_two_gigabytes(tmp_path: Path, capsys: pytest.Captu
     )
     assert out.returncode == 0, out.stderr
     facts = json.loads(out.stdout.splitlines()[-1])
-    with capsys.disabled():
-        print(f"\n{facts}")
+    record_property("summary", f"a model beyond 2 GiB, in bytes: {facts}")
     assert facts["weights"] > 2**31
     assert facts["right"]
     assert facts["accelrt_peak"] < 1.3 * facts["onnxruntime_peak"]

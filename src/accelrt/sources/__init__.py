@@ -55,7 +55,7 @@ def _open_path(path: Path, request: SourceRequest) -> Source:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        raise SourceError(f"There is no file {str(path)[:200]!r}: {error}.", hint=ACCEPTED) from error
+        raise SourceError(f"There is no file {str(path)[:200]!r}.", hint=ACCEPTED) from error
     if stat.S_ISDIR(mode):
         raise SourceError(f"{path} is a folder, and no folder is a model in this version.", hint=ACCEPTED)
     if not stat.S_ISREG(mode):
