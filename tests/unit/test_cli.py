@@ -162,7 +162,7 @@ def test_errors_are_3_with_message_and_hint_and_no_traceback() -> None:
     done = process("explain", "nowhere.onnx")
     assert done.returncode == 3
     assert done.stdout == ""
-    assert done.stderr.startswith("error: There is no file 'nowhere.onnx'\nhint: Accepted: ONNX")
+    assert done.stderr.startswith("error: There is no file 'nowhere.onnx'.\nhint: Accepted: ONNX")
     assert "Traceback" not in done.stderr
 
 
