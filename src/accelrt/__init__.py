@@ -24,13 +24,17 @@ if TYPE_CHECKING:
     from accelrt.artifact.artifact import Artifact
     from accelrt.backend import Backend
     from accelrt.inventory import backends, devices
+    from accelrt.precision.compare import Tolerance
     from accelrt.runtime.session import Session
+    from accelrt.verification import Verification
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Artifact",
     "Session",
+    "Tolerance",
+    "Verification",
     "__version__",
     "backends",
     "compile",
@@ -43,6 +47,8 @@ __all__ = [
 _HOMES = {
     "Artifact": "accelrt.artifact.artifact",
     "Session": "accelrt.runtime.session",
+    "Tolerance": "accelrt.precision.compare",
+    "Verification": "accelrt.verification",
     "backends": "accelrt.inventory",
     "compile": "accelrt.api",
     "devices": "accelrt.inventory",
