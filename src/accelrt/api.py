@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from accelrt import options as option_module
 from accelrt.artifact.artifact import Artifact, is_artifact, open_artifact
+from accelrt.errors import CalibrationError, InputError, OptionError
 from accelrt.policy import check as check_policy
 from accelrt.registry import REGISTRY
 from accelrt.target import parse_devices, requested
@@ -15,6 +16,8 @@ from accelrt.target import parse_devices, requested
 if TYPE_CHECKING:
     from accelrt.artifact.build import Progress
     from accelrt.backend import Precision
+    from accelrt.graph.model import Graph
+    from accelrt.precision.calibrate import Calibration
     from accelrt.runtime.session import Session
     from accelrt.verification import Verification
 
@@ -31,6 +34,7 @@ def compile(
     output_names: Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
     precision: Precision | None = None,
+    calibration: Calibration | Iterable[Any] | None = None,
     verify: Verify = None,
     cache: bool = True,
     progress: Progress | None = None,
@@ -47,9 +51,11 @@ def compile(
         input_names: Names for the inputs, in order, instead of the model's own.
         output_names: Likewise for the outputs.
         options: Options by name, of the source, the partitioner and the engines; ``"engine.name"`` for one alone.
-        precision: What the requested engine computes in: ``"fp32"``, ``"bf16"`` or ``"fp16"``; inputs and outputs keep
-            their types. Nodes that the engine does not compute in it run on the CPU in float32, as ``fallback`` says.
-            If absent each engine computes in its default, which the placement records.
+        precision: What the requested engine computes in: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``; inputs and
+            outputs keep their types. Nodes that the engine does not compute in it run on the CPU in float32, as
+            ``fallback`` says. If absent each engine computes in its default, which the placement records.
+        calibration: For ``"int8"``: typical inputs, or a `Calibration` that says more. A model that holds
+            QuantizeLinear already takes none.
         verify: Hold the outputs against those of float32 on onnxruntime before the artifact is returned: True draws
             inputs, a mapping is one call, an iterable several, a `Verification` says more. The figures are in the
             artifact's ``verification``.
@@ -66,6 +72,7 @@ def compile(
         UnsupportedNodes: ``fallback="error"`` and a node would leave the requested engine.
         CompileError: A node that nothing here can run.
         VerificationError: An output is out of tolerance.
+        CalibrationError: A calibration set that is empty, does not fit, or holds NaN.
         InputError: Inputs for ``verify`` or of ``example_inputs`` that do not fit.
     """
     from accelrt.artifact.build import BuildRequest, build
@@ -76,6 +83,8 @@ def compile(
     policy = check_policy(fallback)
     target = requested(backend)
     asked = None if precision is None else precision_named(precision)
+    if calibration is not None and asked != "int8":
+        raise OptionError("A calibration is given, but precision='int8' is not.", hint="Pass both, or neither.")
     candidates, precisions = plan(REGISTRY.candidates(target), asked)
     resolved = option_module.resolve(options, candidates)
     if progress is not None:
@@ -89,8 +98,35 @@ def compile(
 
         if (wanted := as_verification(verify)) is not None:
             check = Verifier(source.graph, wanted, cache=cache).check()
+    graph = _quantised(source.graph, calibration, progress) if asked == "int8" else source.graph
     request = BuildRequest(str(target), candidates, resolved, source.format, asked, precisions)
-    return build(source.graph, request, fallback=policy, cache=cache, progress=progress, check=check)
+    return build(graph, request, fallback=policy, cache=cache, progress=progress, check=check)
+
+
+def _quantised(graph: Graph, calibration: Calibration | Iterable[Any] | None, progress: Progress | None) -> Graph:
+    """Return a graph in Q/DQ form, checking the calibration set before any work."""
+    from accelrt.precision.calibrate import Calibration, check_calls, is_quantised, quantise
+    from accelrt.runtime.inputs import bind_calls
+
+    if is_quantised(graph):
+        if calibration is not None:
+            raise OptionError("The model is quantised already, and takes no calibration.")
+        return graph
+    if calibration is None:
+        raise OptionError(
+            "precision='int8' needs typical inputs to calibrate with.",
+            hint="Pass calibration=[...]; a hundred are usually enough.",
+        )
+    how = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
+    inputs = [how.inputs] if isinstance(how.inputs, Mapping) else how.inputs
+    if isinstance(inputs, str | bytes) or not hasattr(inputs, "__iter__"):
+        raise CalibrationError(f"The calibration set must be an iterable of inputs, not {inputs!r}.")
+    try:
+        calls = bind_calls(graph.signature, inputs)
+    except InputError as error:
+        raise CalibrationError(f"The calibration set does not fit. {error.message}", hint=error.hint) from error
+    check_calls(calls)
+    return quantise(graph, calls, how, progress)
 
 
 def load(
@@ -121,7 +157,6 @@ def load(
         IncompatibleProgram, BackendUnavailable, DeviceError: ``fallback="error"``, or there is no source to compile.
         AccelrtError: Whatever `compile` raises, for a model.
     """
-    from accelrt.errors import OptionError
     from accelrt.runtime.load import open_session
 
     policy = check_policy(fallback)
