@@ -79,13 +79,15 @@ class OnnxRuntimeEngine(Engine):
         return {"onnxruntime": str(self._ort.__version__), "cpu": instruction_set()}
 
     def supports(self, node: Node, precision: Precision) -> Verdict:
-        if precision != "fp32":
-            return Verdict.refuse(f"precision {precision} is not offered by this engine")
-        return self._knowledge.verdict(node)
+        if precision in ("bf16", "fp16"):
+            return Verdict.refuse(self._knowledge.lacking(node, "bfloat16" if precision == "bf16" else "float16"))
+        return self._knowledge.verdict(node)  # an int8 model says itself where its integers are
 
     def compile(self, job: CompileJob, out: Path) -> Program:
         import onnx
 
+        if job.precision in ("bf16", "fp16"):
+            raise CompileError(f"onnxruntime's CPU kernels do not compute in {job.precision}.", backend=self.name)
         proto = onnx.load(job.model, load_external_data=False)
         if problem := self._knowledge.lower(proto):
             raise CompileError(f"onnxruntime cannot take the segment: {problem}.", backend=self.name)
@@ -105,7 +107,7 @@ class OnnxRuntimeEngine(Engine):
             self._ort.InferenceSession(proto.SerializeToString(), options, providers=_PROVIDERS)
         except Exception as error:
             raise CompileError(f"onnxruntime: {_first_line(error)}", backend=self.name) from error
-        return Program({_MODEL: out / _MODEL}, self.fingerprint(), job.signature, job.options)
+        return Program({_MODEL: out / _MODEL}, self.fingerprint(), job.signature, job.options, job.precision)
 
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
         options = self._session_options(program.options)

@@ -56,6 +56,20 @@ class Knowledge:
             known = self._verdicts[key] = SUPPORTED if reason is None else Verdict.refuse(reason)
         return known
 
+    def lacking(self, node: Node, dtype: str) -> str:
+        """Tell why a node is not computed in a float type of 16 bits.
+
+        The kernels that take it carry values about and normalise; products, which are what takes time, have none. To
+        cast for the sake of a Reshape would cost more than it could save, so that is refused as well.
+        """
+        kernels = self._kernels.get((node.domain, node.op_type), [])
+        wanted = f"tensor({dtype})"
+        if not any(wanted in types for kernel in kernels for types in kernel.type_constraints.values()):
+            return f"no CPU kernel for {node.kind} with {dtype}"
+        return (
+            f"onnxruntime's CPU kernels for {dtype} compute no products, so {node.op_type} stays in float32 beside them"
+        )
+
     def _refusal(self, node: Node) -> str | None:
         if node.domain in self._opsets and node.version > self._opsets[node.domain]:
             return f"{node.kind} is newer than opset {self._opsets[node.domain]}, the newest that onnxruntime knows"

@@ -31,7 +31,7 @@ from accelrt.graph.node import Node
 from accelrt.graph.types import TensorType
 from accelrt_cpu.isa import instruction_set
 from accelrt_cpu.openvino_deviations import deviation
-from accelrt_cpu.openvino_runtime import DEVICE, OpenVinoOptions, Resident, core, mapped, properties_of, short
+from accelrt_cpu.openvino_runtime import DEVICE, HINTS, OpenVinoOptions, Resident, core, mapped, properties_of, short
 
 _BLOB = "model.blob"
 _CHILD = "accelrt_cpu.openvino_child"
@@ -69,35 +69,37 @@ class OpenVinoEngine(Engine):
         return self.supports_all([node], precision)[0]
 
     def supports_all(self, nodes: Sequence[Node], precision: Precision) -> list[Verdict]:
-        if precision != "fp32":
-            return [Verdict.refuse(f"precision {precision} is not offered by this engine")] * len(nodes)
+        if (lacking := _lacking(precision)) is not None:
+            return [Verdict.refuse(lacking)] * len(nodes)
         # Rules look at sizes, so they are asked each time; trials do not tell sizes apart and are remembered.
-        refusals = [deviation(node) for node in nodes]
-        untold = {_key(node): node for node, reason in zip(nodes, refusals, strict=True) if reason is None}
+        refusals = [deviation(node, precision) for node in nodes]
+        hint = HINTS[precision]
+        untold = {(hint, *_key(node)): node for node, reason in zip(nodes, refusals, strict=True) if reason is None}
         untried = {key: node for key, node in untold.items() if key not in self._trials}
-        answers = _try_out([_trial_model(node) for node in untried.values()])
+        answers = _try_out([_trial_model(node) for node in untried.values()], precision)
         self._trials.update(zip(untried, answers, strict=True))
         reasons = (
-            self._trials[_key(node)] if reason is None else reason for node, reason in zip(nodes, refusals, strict=True)
+            self._trials[hint, *_key(node)] if reason is None else reason
+            for node, reason in zip(nodes, refusals, strict=True)
         )
         return [SUPPORTED if reason is None else Verdict.refuse(reason) for reason in reasons]
 
     def compile(self, job: CompileJob, out: Path) -> Program:
-        if job.precision != "fp32":
-            raise CompileError(f"Precision {job.precision} is not offered by this engine.", backend=self.name)
+        if (lacking := _lacking(job.precision)) is not None:
+            raise CompileError(f"OpenVINO cannot take the segment: {lacking}.", backend=self.name)
         isolation.call(
             f"{_CHILD}:build",
             model=str(job.model),
             blob=str(out / _BLOB),
             signature=job.signature.to_json(),
-            properties=properties_of(job.options),
+            properties=properties_of(job.options, job.precision),
         )
-        return Program({_BLOB: out / _BLOB}, self.fingerprint(), job.signature, job.options)
+        return Program({_BLOB: out / _BLOB}, self.fingerprint(), job.signature, job.options, job.precision)
 
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
         try:
             blob = mapped(program.files[_BLOB])
-            compiled = core().import_model(blob, DEVICE, properties_of(program.options))
+            compiled = core().import_model(blob, DEVICE, properties_of(program.options, program.precision))
         except MemoryError as error:
             raise OutOfDeviceMemory(f"openvino: {error}", backend=self.name) from error
         except Exception as error:
@@ -123,19 +125,32 @@ def _trial_model(node: Node) -> bytes:
     return bytes(single_node_model(node).SerializeToString())
 
 
-def _try_out(models: Sequence[bytes]) -> list[str | None]:
+def _try_out(models: Sequence[bytes], precision: Precision) -> list[str | None]:
     """Ask the child about models; where one takes the child down, halve the batch until it stands alone."""
     if not models:
         return []
     try:
         texts = [base64.b64encode(model).decode() for model in models]
-        reasons: list[str | None] = isolation.call(f"{_CHILD}:try_out", timeout_s=_TRIAL_S, models=texts)
+        reasons: list[str | None] = isolation.call(
+            f"{_CHILD}:try_out", timeout_s=_TRIAL_S, models=texts, precision=precision
+        )
         return reasons
     except IsolatedError as error:
         if len(models) == 1:
             return [f"OpenVINO did not survive the trial: {error.message}"]
         middle = len(models) // 2
-        return _try_out(models[:middle]) + _try_out(models[middle:])
+        return _try_out(models[:middle], precision) + _try_out(models[middle:], precision)
+
+
+def _lacking(precision: Precision) -> str | None:
+    """Return why OpenVINO does not compute in a precision here, None if it does.
+
+    It takes any hint and computes in what it likes: float16 in bfloat16 where the CPU has but that, or in float32.
+    """
+    if precision in ("fp32", "int8"):
+        return None
+    computed, wanted = _facts().get(f"computes_{precision}", "unknown"), HINTS[precision]
+    return None if computed == wanted else f"asked for {wanted}, OpenVINO computes in {computed} on this CPU"
 
 
 @cache

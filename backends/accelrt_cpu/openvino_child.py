@@ -35,20 +35,41 @@ TYPE_NAMES = {
 
 
 def probe() -> dict[str, str]:
-    """Return OpenVINO's version and the full name of its device."""
+    """Return OpenVINO's version, the full name of its device, and what it takes each hint of fewer bits for."""
     import openvino
 
-    version = openvino.get_version()
-    return {"version": version, "device": str(core().get_property(DEVICE, "FULL_DEVICE_NAME"))}
+    facts = {"version": openvino.get_version(), "device": str(core().get_property(DEVICE, "FULL_DEVICE_NAME"))}
+    return {**facts, **{f"computes_{precision}": _computed(precision) for precision in ("bf16", "fp16")}}
 
 
-def try_out(models: Sequence[str]) -> list[str | None]:
+def _computed(precision: str) -> str:
+    """Return the type in which a product is really computed when ``precision`` is asked for: it does not complain."""
+    import numpy as np
+    import openvino
+    from openvino import opset13 as op
+
+    x = op.parameter([4, 64], openvino.Type.f32)
+    model = openvino.Model([op.matmul(x, op.constant(np.ones((64, 64), np.float32)), False, False)], [x])
+    compiled = core().compile_model(model, DEVICE, properties_of(OpenVinoOptions(threads=1), precision))
+    layers = (node.get_rt_info() for node in compiled.get_runtime_model().get_ops())
+    kinds = {str(_text(info, "runtimePrecision")) for info in layers if _text(info, "layerType") == "FullyConnected"}
+    return kinds.pop() if len(kinds) == 1 else "unknown"
+
+
+def _text(info: Any, key: str) -> str:
+    if key not in info:
+        return ""
+    value = info[key]
+    return str(getattr(value, "value", value))
+
+
+def try_out(models: Sequence[str], precision: str) -> list[str | None]:
     """Return for each model, as base64, why OpenVINO cannot compile it, None where it can."""
     with tempfile.TemporaryDirectory() as folder:
-        return [_trial(base64.b64decode(text), Path(folder)) for text in models]
+        return [_trial(base64.b64decode(text), Path(folder), precision) for text in models]
 
 
-def _trial(data: bytes, folder: Path) -> str | None:
+def _trial(data: bytes, folder: Path, precision: str) -> str | None:
     import onnx
 
     from accelrt.graph.convert import from_type_proto
@@ -65,7 +86,7 @@ def _trial(data: bytes, folder: Path) -> str | None:
         model = _read(proto, folder, signature)
     except Exception as error:  # noqa: BLE001 - the text of whatever it raises is the reason
         return f"refused on conversion: {short(error)}"
-    properties = properties_of(OpenVinoOptions(threads=1))
+    properties = properties_of(OpenVinoOptions(threads=1), precision)
     try:
         # `query_model` would name what lacks a kernel, but 2026.4 also names an Unsqueeze that does compile.
         return _mismatch(core().compile_model(model, DEVICE, properties), signature)

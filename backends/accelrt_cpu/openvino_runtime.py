@@ -38,10 +38,14 @@ class OpenVinoOptions:
             raise OptionError(f"threads must be 0 to 256 and streams 1 to 256, not {self}.")
 
 
-def properties_of(options: OpenVinoOptions) -> dict[str, str]:
+HINTS: Mapping[str, str] = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}
+"""What OpenVINO calls the precisions; an int8 model says itself where its integers are, the rest of it is float32."""
+
+
+def properties_of(options: OpenVinoOptions, precision: str) -> dict[str, str]:
     """Return every property that changes numbers or threads: no default of a CPU or a release decides."""
     properties = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
         "EXECUTION_MODE_HINT": "ACCURACY",
         "PERFORMANCE_HINT": "LATENCY",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",

@@ -24,13 +24,19 @@ if TYPE_CHECKING:
     from accelrt.artifact.artifact import Artifact
     from accelrt.backend import Backend
     from accelrt.inventory import backends, devices
+    from accelrt.precision.calibrate import Calibration
+    from accelrt.precision.compare import Tolerance
     from accelrt.runtime.session import Session
+    from accelrt.verification import Verification
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Artifact",
+    "Calibration",
     "Session",
+    "Tolerance",
+    "Verification",
     "__version__",
     "backends",
     "compile",
@@ -42,7 +48,10 @@ __all__ = [
 
 _HOMES = {
     "Artifact": "accelrt.artifact.artifact",
+    "Calibration": "accelrt.precision.calibrate",
     "Session": "accelrt.runtime.session",
+    "Tolerance": "accelrt.precision.compare",
+    "Verification": "accelrt.verification",
     "backends": "accelrt.inventory",
     "compile": "accelrt.api",
     "devices": "accelrt.inventory",

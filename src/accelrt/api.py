@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from accelrt import options as option_module
 from accelrt.artifact.artifact import Artifact, is_artifact, open_artifact
-from accelrt.policy import check
+from accelrt.errors import CalibrationError, InputError, OptionError
+from accelrt.policy import check as check_policy
 from accelrt.registry import REGISTRY
 from accelrt.target import parse_devices, requested
 
 if TYPE_CHECKING:
     from accelrt.artifact.build import Progress
+    from accelrt.backend import Precision
+    from accelrt.graph.model import Graph
+    from accelrt.precision.calibrate import Calibration
     from accelrt.runtime.session import Session
+    from accelrt.verification import Verification
+
+    Verify: TypeAlias = bool | Mapping[str, Any] | Iterable[Any] | Verification | None
 
 
 def compile(
@@ -26,6 +33,9 @@ def compile(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
+    precision: Precision | None = None,
+    calibration: Calibration | Iterable[Any] | None = None,
+    verify: Verify = None,
     cache: bool = True,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -41,6 +51,14 @@ def compile(
         input_names: Names for the inputs, in order, instead of the model's own.
         output_names: Likewise for the outputs.
         options: Options by name, of the source, the partitioner and the engines; ``"engine.name"`` for one alone.
+        precision: What the requested engine computes in: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``; inputs and
+            outputs keep their types. Nodes that the engine does not compute in it run on the CPU in float32, as
+            ``fallback`` says. If absent each engine computes in its default, which the placement records.
+        calibration: For ``"int8"``: typical inputs, or a `Calibration` that says more. A model that holds
+            QuantizeLinear already takes none.
+        verify: Hold the outputs against those of float32 on onnxruntime before the artifact is returned: True draws
+            inputs, a mapping is one call, an iterable several, a `Verification` says more. The figures are in the
+            artifact's ``verification``.
         cache: Look the result up in the compile cache, and put it there.
         progress: Called with what is being done, how much of it is done, and how much there is.
 
@@ -53,22 +71,62 @@ def compile(
         OptionError: An option nobody knows, or of the wrong type.
         UnsupportedNodes: ``fallback="error"`` and a node would leave the requested engine.
         CompileError: A node that nothing here can run.
+        VerificationError: An output is out of tolerance.
+        CalibrationError: A calibration set that is empty, does not fit, or holds NaN.
+        InputError: Inputs for ``verify`` or of ``example_inputs`` that do not fit.
     """
     from accelrt.artifact.build import BuildRequest, build
+    from accelrt.precision.plan import plan, precision_named
     from accelrt.runtime.inputs import check_examples
     from accelrt.sources import SourceRequest, open_source
 
-    policy = check(fallback)
+    policy = check_policy(fallback)
     target = requested(backend)
-    candidates = REGISTRY.candidates(target)
+    asked = None if precision is None else precision_named(precision)
+    if calibration is not None and asked != "int8":
+        raise OptionError("A calibration is given, but precision='int8' is not.", hint="Pass both, or neither.")
+    candidates, precisions = plan(REGISTRY.candidates(target), asked)
     resolved = option_module.resolve(options, candidates)
     if progress is not None:
         progress("reading the model", 0, 1)
     source = open_source(model, SourceRequest(example_inputs, input_names, output_names, resolved.source))
     if source.format == "onnx" and example_inputs is not None:
         check_examples(source.graph.signature, example_inputs)
-    request = BuildRequest(str(target), candidates, resolved, source.format)
-    return build(source.graph, request, fallback=policy, cache=cache, progress=progress)
+    check = None
+    if verify is not None and verify is not False:
+        from accelrt.verification import Verifier, as_verification
+
+        if (wanted := as_verification(verify)) is not None:
+            check = Verifier(source.graph, wanted, cache=cache).check()
+    graph = _quantised(source.graph, calibration, progress) if asked == "int8" else source.graph
+    request = BuildRequest(str(target), candidates, resolved, source.format, asked, precisions)
+    return build(graph, request, fallback=policy, cache=cache, progress=progress, check=check)
+
+
+def _quantised(graph: Graph, calibration: Calibration | Iterable[Any] | None, progress: Progress | None) -> Graph:
+    """Return a graph in Q/DQ form, checking the calibration set before any work."""
+    from accelrt.precision.calibrate import Calibration, check_calls, is_quantised, quantise
+    from accelrt.runtime.inputs import bind_calls
+
+    if is_quantised(graph):
+        if calibration is not None:
+            raise OptionError("The model is quantised already, and takes no calibration.")
+        return graph
+    if calibration is None:
+        raise OptionError(
+            "precision='int8' needs typical inputs to calibrate with.",
+            hint="Pass calibration=[...]; a hundred are usually enough.",
+        )
+    how = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
+    inputs = [how.inputs] if isinstance(how.inputs, Mapping) else how.inputs
+    if isinstance(inputs, str | bytes) or not hasattr(inputs, "__iter__"):
+        raise CalibrationError(f"The calibration set must be an iterable of inputs, not {inputs!r}.")
+    try:
+        calls = bind_calls(graph.signature, inputs)
+    except InputError as error:
+        raise CalibrationError(f"The calibration set does not fit. {error.message}", hint=error.hint) from error
+    check_calls(calls)
+    return quantise(graph, calls, how, progress)
 
 
 def load(
@@ -99,10 +157,9 @@ def load(
         IncompatibleProgram, BackendUnavailable, DeviceError: ``fallback="error"``, or there is no source to compile.
         AccelrtError: Whatever `compile` raises, for a model.
     """
-    from accelrt.errors import OptionError
     from accelrt.runtime.load import open_session
 
-    policy = check(fallback)
+    policy = check_policy(fallback)
     wanted = None if devices is None else parse_devices(devices)
     artifact = _as_artifact(model)
     if artifact is None:

@@ -24,6 +24,8 @@ API_VERSION = 1
 """Raised when the contract changes in a way that breaks engines; a plug-in of another version is refused."""
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
+"""What an engine computes in: ``fp32`` as the model declares, ``bf16`` and ``fp16`` fewer bits where the model says
+float32, ``int8`` a model whose QuantizeLinear and DequantizeLinear say where integers are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +111,14 @@ class Program:
 
     ``files`` maps the names the engine gave to where the files are now: an artifact keeps them under names of its own,
     all in one folder, with the weights of every ONNX file among them in a shared ``weights.bin`` beside it.
-    ``fingerprint`` is compared with `Engine.fingerprint` before a program is loaded.
+    ``fingerprint`` is compared with `Engine.fingerprint` before a program is loaded. ``precision`` is that of the job.
     """
 
     files: Mapping[str, Path]
     fingerprint: Mapping[str, str]
     signature: Signature
     options: Any
+    precision: Precision = "fp32"
 
 
 class Executable(ABC):

@@ -10,6 +10,7 @@
     ├── SourceError               a model that is not recognised, or cannot be turned into a graph
     │   └── GraphError            a graph that is not valid ONNX, or reaches outside its folder
     ├── InputError                inputs of `predict` that do not fit the signature
+    │   └── CalibrationError      a calibration set that is empty, does not fit the signature, or holds NaN
     ├── UnsupportedNodes          ``fallback="error"`` and some nodes would leave the requested engine
     ├── CompileError              an engine could not compile a segment
     │   └── IsolatedError         the child process that did the work crashed, hung or ran out of memory
@@ -22,12 +23,15 @@
     │   ├── OutOfDeviceMemory     the program does not fit the device
     │   └── DeviceLost            the device went away while in use
     ├── ExecutionError            a segment failed on every engine that may run it
+    ├── VerificationError         outputs that are further from the reference than the tolerance
     └── SessionClosed             the session was closed
 
 Each message says what was asked, what was found and, as ``hint``, what to do next.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class AccelrtWarning(UserWarning):
@@ -89,6 +93,10 @@ class InputError(AccelrtError, ValueError):
     """Inputs of ``predict`` that do not fit the signature."""
 
 
+class CalibrationError(InputError):
+    """A calibration set that is empty, does not fit the signature, or holds NaN or infinities."""
+
+
 class UnsupportedNodes(AccelrtError):
     """``fallback="error"`` was asked for and some nodes would leave the requested engine."""
 
@@ -135,6 +143,12 @@ class DeviceLost(DeviceError):
 
 class ExecutionError(AccelrtError):
     """A segment that failed on every engine that may run it."""
+
+
+class VerificationError(AccelrtError):
+    """Outputs that are further from the reference than the tolerance; ``report`` holds the figures."""
+
+    report: Any = None
 
 
 class SessionClosed(AccelrtError):

@@ -109,7 +109,7 @@ def test_help_imports_nothing_heavy() -> None:
         "heavy = 'numpy onnx onnx_ir onnxruntime torch openvino'.split()\n"
         "print([name for name in heavy if name in sys.modules], file=sys.stderr)\n"
     )
-    verbs = ("doctor", "compile", "explain", "run", "bench", "demo")
+    verbs = ("doctor", "compile", "explain", "run", "verify", "bench", "demo")
     for arguments in (["--help"], ["--version"], *([verb, "--help"] for verb in verbs)):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert done.stdout
@@ -736,3 +736,52 @@ def test_progress_is_silent_where_stderr_is_no_terminal(
         progress("compiling segments", 1, 3)
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
+
+
+# verify
+
+
+@pytest.fixture
+def wrong() -> Iterator[str]:
+    """A backend whose Gemm is off by 3e-2."""
+
+    def distort(kinds: tuple[str, ...], outputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value * np.float32(1.03) if "Gemm" in kinds else value for name, value in outputs.items()}
+
+    accelrt.register(FakeBackend.configured("wrong", distorts=distort))
+    yield "wrong"
+    REGISTRY.unregister("wrong")
+
+
+def test_verify_passes_and_fails_by_its_exit_code(wrong: str, tmp_path: Path) -> None:
+    images, labels = held_out_digits()
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "labels.npy", labels)
+    given = ("--input", tmp_path / "images.npy", "--labels", tmp_path / "labels.npy")
+    assert "within tolerance" in invoke("verify", DIGITS).stdout
+    passed = document("verify", DIGITS, "-b", wrong, "--tolerance", "4e-2", *given)
+    assert passed["passed"] is True
+    assert passed["outputs"][0]["accuracy"] == pytest.approx([448 / 450, 448 / 450])
+    failed = document("verify", DIGITS, "-b", wrong, "--localise", code=1)
+    assert failed["culprit"]["kind"].startswith("Gemm-")
+    assert failed["outputs"][0]["relative_l2"] == pytest.approx(3e-2, rel=1e-3)
+    assert "First out of tolerance: node" in invoke("verify", DIGITS, "-b", wrong, "--localise", code=1).stdout
+
+
+def test_verify_takes_artifacts_and_says_what_it_cannot_take(artifact: str, tmp_path: Path) -> None:
+    assert document("verify", artifact, "--dim", "batch=3", "--reference", "float64")["outputs"][0]["rows"] == 3
+    assert document("verify", artifact, "--precision", "fp32", code=3)["error"]["type"] == "OptionError"
+    np.save(tmp_path / "labels.npy", np.zeros(1, np.int64))
+    error = document("verify", artifact, "--labels", tmp_path / "labels.npy", code=3)["error"]
+    assert "Labels need the inputs" in error["message"]
+
+
+def test_compile_verifies_and_explain_shows_it(wrong: str, tmp_path: Path) -> None:
+    out = tmp_path / "m.accel"
+    assert (
+        document("compile", DIGITS, "-o", out, "-b", wrong, "--verify", code=3)["error"]["type"] == "VerificationError"
+    )
+    assert not out.exists()
+    invoke("compile", DIGITS, "-o", out, "--verify")
+    assert "Verified against" in invoke("explain", out).stdout
+    assert document("explain", out)["verification"]["passed"] is True

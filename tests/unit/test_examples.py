@@ -14,6 +14,11 @@ SAID = {
     "quickstart.py": ["448 of 450 digits right", "p50"],
     "swap_backends.py": ["ACCELRT_BACKEND=cpu/reference", "outputs agree"],
     "read_placement.py": ["As text:", "As data:", "4 nodes left toy/fake", 'With fallback="error":'],
+    "precision_table.py": [
+        "cpu/onnxruntime   fp32",
+        "cpu/onnxruntime   int8",
+        "Refused: cpu/onnxruntime in bf16: 10 of 10",
+    ],
     "save_and_load.py": ["digits.accel in another process: the same scores", "sources=False"],
 }
 

@@ -100,10 +100,22 @@ def test_options_out_of_range() -> None:
 # What it refuses
 
 
-def test_other_precisions_are_refused() -> None:
+def test_a_precision_is_offered_only_where_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     (node,) = load_graph(parse("g (float[n] x) => (float[n] y) { y = Relu(x) }")).nodes
-    assert "precision bf16" in ENGINE.supports(node, "bf16").reason
+    facts = dict(module._facts())
+    for computed, offered in (("bf16", True), ("f32", False), ("f16", False)):
+        monkeypatch.setattr(module, "_facts", lambda computed=computed: {**facts, "computes_bf16": computed})
+        verdict = OpenVinoEngine().supports(node, "bf16")
+        assert verdict.supported is offered
+        assert offered or f"computes in {computed}" in verdict.reason
     assert ENGINE.supports(node, "fp32").supported
+
+
+def test_being_off_by_one_step_is_no_reason_in_int8() -> None:
+    text = "g (float[n] x) => (uint8[n] y) <float s = {0.1}, uint8 z = {3}> { y = QuantizeLinear(x, s, z) }"
+    (node,) = load_graph(parse(text)).nodes
+    assert "off by one" in ENGINE.supports(node, "fp32").reason
+    assert ENGINE.supports(node, "int8").supported
 
 
 @pytest.mark.parametrize(
@@ -333,7 +345,7 @@ def test_a_crash_of_the_compiler_is_an_error_and_the_host_lives(
 def raw(model: onnx.ModelProto, *inputs: Array) -> Array:
     import openvino
 
-    properties = properties_of(OpenVinoOptions(threads=1))
+    properties = properties_of(OpenVinoOptions(threads=1), "fp32")
     core = openvino.Core()
     result = core.compile_model(core.read_model(model.SerializeToString()), "CPU", properties)(list(inputs))
     return np.array(result[0])

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelrt.artifact.cache import Cache, Entry
-from accelrt.artifact.manifest import PLACEMENT, SOURCE, Manifest
+from accelrt.artifact.manifest import PLACEMENT, SOURCE, VERIFICATION, Manifest
 from accelrt.artifact.store import PackedArtifact, pack, without_source
-from accelrt.errors import ArtifactError, CorruptArtifact
+from accelrt.errors import AccelrtError, ArtifactError, CorruptArtifact
 from accelrt.graph.types import Signature
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from accelrt.graph.model import Graph
     from accelrt.partition.report import Placement
+    from accelrt.precision.report import VerificationReport
 
 logger = logging.getLogger("accelrt")
 
@@ -60,9 +61,27 @@ class Artifact:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptArtifact(f"The placement of the artifact is malformed: {error}.") from error
 
+    @cached_property
+    def verification(self) -> VerificationReport | None:
+        """How far the outputs were from the reference when the model was compiled; None if that was not asked for.
+
+        Raises:
+            CorruptArtifact: The record of it is malformed.
+        """
+        if VERIFICATION not in self.manifest.files:
+            return None
+        from accelrt.precision.report import VerificationReport
+
+        try:
+            return VerificationReport.from_json(json.loads((self.folder / VERIFICATION).read_bytes()))
+        except (AccelrtError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CorruptArtifact(f"The verification of the artifact is malformed: {error}.") from error
+
     def explain(self) -> str:
-        """Return the placement as text: every segment, its engine, sizes, and the reason for every refusal."""
-        return self.placement.text()
+        """Return as text every segment, its engine, sizes, the reason for every refusal, and the verification."""
+        if (report := self.verification) is None:
+            return self.placement.text()
+        return f"{self.placement.text()}\n{report.text()}"
 
     def source_graph(self) -> Graph:
         """Return the graph that was compiled.

@@ -8,14 +8,15 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from accelrt.artifact.artifact import Artifact
 from accelrt.artifact.cache import Cache, Entry
-from accelrt.artifact.manifest import SCHEMA, SOURCE, Manifest, SegmentRecord
-from accelrt.artifact.store import describe_files, finish, merge_program, write_placement
+from accelrt.artifact.manifest import SCHEMA, SOURCE, VERIFICATION, Manifest, SegmentRecord
+from accelrt.artifact.store import describe_file, describe_files, finish, merge_program, write_placement
 from accelrt.backend import CompileJob, Precision, Program
 from accelrt.errors import ArtifactError, CompileError, UnsupportedNodes
 from accelrt.graph.model import Graph
@@ -36,27 +37,45 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Check:
+    """What an artifact must pass before anyone sees it.
+
+    ``key`` names the check for the cache; ``run`` raises, or returns what is kept in the artifact as JSON.
+    """
+
+    key: str
+    run: Callable[[Artifact], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
 class BuildRequest:
-    """Everything that decides what a compile gives; two equal requests give equal artifacts."""
+    """Everything that decides what a compile gives; two equal requests give equal artifacts.
+
+    ``precision`` is what was asked for, ``precisions`` what each candidate computes in: its default if left out.
+    """
 
     target: str
     candidates: tuple[Candidate, ...]
     options: Options
     source_format: str
+    precision: Precision | None = None
+    precisions: tuple[Precision, ...] = ()
 
-    @property
-    def precisions(self) -> tuple[Precision, ...]:
-        """For each candidate the precision it computes in."""
-        return tuple(candidate.engine.caps.default_precision for candidate in self.candidates)
+    def __post_init__(self) -> None:
+        if not self.precisions:
+            defaults = tuple(candidate.engine.caps.default_precision for candidate in self.candidates)
+            object.__setattr__(self, "precisions", defaults)
 
-    def key(self, graph: Graph) -> str:
-        """Return the name under which the result is cached: model, toolchains, options and format."""
+    def key(self, graph: Graph, check: Check | None = None) -> str:
+        """Return the name under which the result is cached: model, toolchains, options, format and check."""
         facts = {
             "accelrt": version("accelrt"),
             "schema": SCHEMA,
             "graph": graph.digest,
             "target": self.target,
             "source_format": self.source_format,
+            "precision": self.precision,
+            "check": None if check is None else check.key,
             "partition": asdict(self.options.partition),
             "candidates": [
                 [candidate.name, precision, dict(candidate.engine.fingerprint()), asdict(options)]
@@ -75,21 +94,24 @@ def build(
     fallback: Fallback,
     cache: bool = True,
     progress: Progress | None = None,
+    check: Check | None = None,
 ) -> Artifact:
     """Compile a graph, or find it in the cache, and apply the fallback policy to the placement.
 
     Raises:
+        VerificationError: It does not pass the check.
         UnsupportedNodes: ``fallback`` is ``error`` and a node would leave the requested engine.
         CompileError: A node that no candidate can compile.
     """
-    artifact = _build_cached(graph, request, progress) if cache else _build_apart(graph, request, progress)
+    how = _build_cached if cache else _build_apart
+    artifact = how(graph, request, progress, check)
     apply_policy(artifact.placement, fallback)
     return artifact
 
 
-def _build_cached(graph: Graph, request: BuildRequest, progress: Progress | None) -> Artifact:
+def _build_cached(graph: Graph, request: BuildRequest, progress: Progress | None, check: Check | None) -> Artifact:
     cache = Cache()
-    key = request.key(graph)
+    key = request.key(graph, check)
     if (entry := cache.find_compiled(key)) is not None:
         return Artifact(entry)
     with contextlib.ExitStack() as stack:
@@ -100,18 +122,18 @@ def _build_cached(graph: Graph, request: BuildRequest, progress: Progress | None
                 return Artifact(entry)
             work = cache.work_folder()
             stack.callback(cache.discard, work)  # of no effect once it has been adopted
-            manifest, identity = _compile_into(work, graph, request, progress)
+            manifest, identity = _compile_into(work, graph, request, progress, check)
             return Artifact(cache.adopt(work, manifest, identity, key))
         except OSError as error:
             logger.warning("The cache at %s cannot be used (%s); compiling without it.", cache.folder, error)
-    return _build_apart(graph, request, progress)
+    return _build_apart(graph, request, progress, check)
 
 
-def _build_apart(graph: Graph, request: BuildRequest, progress: Progress | None) -> Artifact:
+def _build_apart(graph: Graph, request: BuildRequest, progress: Progress | None, check: Check | None) -> Artifact:
     folder = Path(tempfile.mkdtemp(prefix="accelrt-"))
     entry: Entry | None = None
     try:
-        manifest, _ = _compile_into(folder, graph, request, progress)
+        manifest, _ = _compile_into(folder, graph, request, progress, check)
         entry = Entry(folder, manifest, temporary=True)
     except OSError as error:
         raise ArtifactError(
@@ -134,25 +156,24 @@ def apply_policy(placement: Placement, fallback: Fallback) -> None:
         return
     refusal = next((r for r in placement.refusals if r.engine == placement.primary), None)
     example = f"{refusal.node} ({refusal.kind}): {refusal.reason}" if refusal else "none recorded"
-    elsewhere = ", ".join(
-        f"{count} on {engine}" for engine, count in placement.nodes_by_engine.items() if engine != placement.primary
-    )
+    elsewhere = ", ".join(f"{count} on {where}" for where, count in placement.nodes_elsewhere.items())
     total = sum(placement.nodes_by_engine.values())
-    message = (
-        f"{placement.fallen_back} of {total} nodes do not run on {placement.primary}: {elsewhere}. First: {example}."
-    )
+    wanted = placement.primary if placement.precision is None else f"{placement.primary} in {placement.precision}"
+    message = f"{placement.fallen_back} of {total} nodes do not run on {wanted}: {elsewhere}. First: {example}."
     if fallback == "error":
         raise UnsupportedNodes(message, hint="Pass fallback='warn' to let them run there; explain() lists all.")
     announce(fallback, message + " explain() lists all.")
 
 
-def _compile_into(folder: Path, graph: Graph, request: BuildRequest, progress: Progress | None) -> tuple[Manifest, str]:
+def _compile_into(
+    folder: Path, graph: Graph, request: BuildRequest, progress: Progress | None, check: Check | None
+) -> tuple[Manifest, str]:
     weights = WeightFile(folder / WEIGHTS_FILE)
     graph.write(folder / SOURCE, weights)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="programs-") as scratch:
         workshop = _Workshop(graph, request, weights, folder, Path(scratch), progress or (lambda *_: None))
         cut, programs = workshop.compile_all()
-        placement = place(request.target, graph, request.candidates, request.precisions, cut)
+        placement = place(request.target, graph, request.candidates, request.precisions, cut, request.precision)
         segments = tuple(
             _record(request, piece.owner, program, merge_program(index, program, folder, weights))
             for index, (piece, program) in enumerate(zip(cut.pieces, programs, strict=True))
@@ -165,9 +186,18 @@ def _compile_into(folder: Path, graph: Graph, request: BuildRequest, progress: P
         signature=graph.signature,
         segments=segments,
         files=describe_files(folder),
-        options={"partition": asdict(request.options.partition)},
+        options={
+            "partition": asdict(request.options.partition),
+            **({} if request.precision is None else {"precision": request.precision}),
+        },
         source_format=request.source_format,
     )
+    if check is not None:
+        if progress is not None:
+            progress("verifying", 0, 1)
+        found = check.run(Artifact(Entry(folder, manifest, unfinished=True)))
+        (folder / VERIFICATION).write_bytes(json.dumps(found, separators=(",", ":")).encode())
+        manifest = replace(manifest, files={**manifest.files, VERIFICATION: describe_file(folder / VERIFICATION)})
     return manifest, finish(folder, manifest)
 
 

@@ -70,11 +70,16 @@ def cache_limit() -> int:
 
 
 class Entry:
-    """An unpacked artifact in use. While it is referred to, the cache does not evict it."""
+    """An unpacked artifact in use. While it is referred to, the cache does not evict it.
 
-    def __init__(self, folder: Path, manifest: Manifest, *, temporary: bool = False) -> None:
+    A ``temporary`` one goes when nobody refers to it; an ``unfinished`` one is still being made by who refers to it.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, temporary: bool = False, unfinished: bool = False) -> None:
         self.folder = folder
         self.manifest = manifest
+        if unfinished:
+            return
         if temporary:
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         else:

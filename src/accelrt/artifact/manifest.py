@@ -15,6 +15,7 @@ FORMAT = "accelrt"
 SCHEMA = 1
 MANIFEST = "manifest.json"
 PLACEMENT = "placement.json"
+VERIFICATION = "verification.json"
 SOURCE = "source.onnx"
 MAX_BYTES = 64 << 20
 MAX_FILES = 10_000

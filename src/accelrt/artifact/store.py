@@ -102,7 +102,12 @@ def _place(tensor: Any, available: int) -> tuple[int, int]:
 def describe_files(folder: Path) -> dict[str, FileRecord]:
     """Return hash and size of every file of a finished folder, but the manifest."""
     names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
-    return {name: FileRecord(hash_file(folder / name), (folder / name).stat().st_size) for name in names}
+    return {name: describe_file(folder / name) for name in names}
+
+
+def describe_file(path: Path) -> FileRecord:
+    """Return hash and size of a file."""
+    return FileRecord(hash_file(path), path.stat().st_size)
 
 
 def finish(folder: Path, manifest: Manifest) -> str:

@@ -28,7 +28,7 @@ from typing import Annotated
 import typer
 
 import accelrt
-from accelrt.cli import bench, compile, demo, doctor, explain, run
+from accelrt.cli import bench, compile, demo, doctor, explain, run, verify
 from accelrt.cli.common import INTERRUPTED, discard_stdout, flush_stdout
 
 EPILOG = (
@@ -66,6 +66,7 @@ app.command("doctor")(doctor.doctor)
 app.command("compile")(compile.compile_)
 app.command("explain")(explain.explain)
 app.command("run")(run.run)
+app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 

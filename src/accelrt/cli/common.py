@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from accelrt.artifact.artifact import Artifact
+    from accelrt.backend import Precision
     from accelrt.registry import Candidate
 
 FAILED, REFUSED, INTERRUPTED, READER_GONE = 1, 3, 130, 141
@@ -253,7 +254,12 @@ class CompileProgress:
 
 
 def open_or_compile(
-    model: Path, backend: str | None, options: Mapping[str, Any] | None = None, *, fallback: str = "warn"
+    model: Path,
+    backend: str | None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    fallback: str = "warn",
+    precision: Precision | None = None,
 ) -> Artifact:
     """Return the artifact at a path, or compile the model at it.
 
@@ -266,10 +272,12 @@ def open_or_compile(
 
     if not is_artifact(model):
         with CompileProgress() as progress:
-            return accelrt.compile(model, backend, options=options, fallback=fallback, progress=progress)
-    if backend is not None or options:
+            return accelrt.compile(
+                model, backend, options=options, fallback=fallback, precision=precision, progress=progress
+            )
+    if backend is not None or options or precision is not None:
         raise OptionError(
-            f"{model} is compiled already; it takes neither a target nor options.",
+            f"{model} is compiled already; it takes neither a target nor options nor a precision.",
             hint="Leave them out, or compile the model it came from.",
         )
     return open_artifact(model)

@@ -36,6 +36,14 @@ class Fallback(StrEnum):
     error = "error"
 
 
+class PrecisionName(StrEnum):
+    """The precisions that need no calibration, spelt out likewise."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 @guarded
 def compile_(
     model: Annotated[Path, typer.Argument(help="ONNX, or PyTorch's .pt2 or TorchScript.", show_default=False)],
@@ -52,6 +60,13 @@ def compile_(
     fallback: Annotated[
         Fallback, typer.Option("--fallback", help="What to do where nodes do not run on the engine asked for.")
     ] = Fallback.warn,
+    precision: Annotated[
+        PrecisionName | None,
+        typer.Option("--precision", "-p", help="What the engine asked for computes in; else its default."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hold the numbers against the reference; `accelrt verify` says more.")
+    ] = False,
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Use the compile cache.")] = True,
     sources: Annotated[
         bool, typer.Option("--sources/--no-sources", help="Keep the source graph, so that it can be compiled again.")
@@ -83,6 +98,8 @@ def compile_(
             input_names=input_name or None,
             output_names=output_name or None,
             options=options,
+            precision=None if precision is None else precision.value,
+            verify=verify,
             cache=cache,
             progress=progress,
         )

@@ -38,8 +38,13 @@ def explain(
         # The placement is what was asked for; a warning that sums it up would only repeat it.
         artifact = open_or_compile(model, backend, fallback="allow")
     if as_json:
-        print_json({"signature": artifact.signature.to_json(), **artifact.placement.to_json()})
+        document = {"signature": artifact.signature.to_json(), **artifact.placement.to_json()}
+        if artifact.verification is not None:
+            document["verification"] = artifact.verification.to_json()
+        print_json(document)
         return
     console = out()
     console.print(str(artifact.signature), soft_wrap=True)
     console.print(artifact.placement.render(reasons=sys.maxsize if all_reasons else SHOWN))
+    if artifact.verification is not None:
+        console.print(artifact.verification.render())

@@ -142,6 +142,23 @@ class Graph:
         model.graph.CopyFrom(segment)
         return Graph(model, {name: tensor for name, tensor in self.weights.items() if name in reads})
 
+    def expose(self, names: Iterable[str]) -> Graph:
+        """Return the graph with inner values as outputs too, in order, after its own; unknown names are left out.
+
+        Raises:
+            GraphError: A value has no known type.
+        """
+        own = {value.name for value in (*self.proto.graph.input, *self.proto.graph.output)}
+        inner = {name for node in self.nodes for name in node.writes} - own
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        proto.graph.output.extend(self._value_info(name) for name in dict.fromkeys(names) if name in inner)
+        added = {value.name for value in proto.graph.output}
+        declared = [value for value in proto.graph.value_info if value.name not in added]
+        del proto.graph.value_info[:]
+        proto.graph.value_info.extend(declared)
+        return Graph(proto, self.weights)
+
     def _value_info(self, name: str) -> onnx.ValueInfoProto:
         return onnx.ValueInfoProto(name=name, type=to_type_proto(self._typed(name)))
 
@@ -169,6 +186,21 @@ class Graph:
         proto.CopyFrom(self.proto)
         _rename_values(proto.graph, names)
         return Graph(proto, self.weights)
+
+
+def with_nodes(graph: Graph, nodes: Sequence[onnx.NodeProto], tensors: Sequence[onnx.TensorProto]) -> Graph:
+    """Return a graph with other nodes, in topological order, and with more small initialisers."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(graph.proto)
+    del proto.graph.node[:]
+    del proto.graph.value_info[:]
+    proto.graph.node.extend(nodes)
+    read = {name for node in nodes for name in (*node.input, *captures_of(node))}
+    read.update(value.name for value in proto.graph.output)
+    kept = [tensor for tensor in (*proto.graph.initializer, *tensors) if tensor.name in read]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    return Graph(proto, {name: tensor for name, tensor in graph.weights.items() if name in read})
 
 
 def _rename_values(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:

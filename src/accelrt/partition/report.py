@@ -58,12 +58,17 @@ class SegmentPlace:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a model runs. ``target`` is what was asked for, ``primary`` the engine that it stands for."""
+    """Where a model runs.
+
+    ``target`` is what was asked for, ``primary`` the engine that it stands for, ``precision`` what that one was asked
+    to compute in, None for its default.
+    """
 
     target: str
     primary: str
     segments: tuple[SegmentPlace, ...]
     refusals: tuple[Refusal, ...]
+    precision: str | None = None
 
     @property
     def nodes_by_engine(self) -> dict[str, int]:
@@ -75,12 +80,28 @@ class Placement:
 
     @property
     def fallen_back(self) -> int:
-        """Count the nodes that do not run on the primary engine."""
-        return sum(count for engine, count in self.nodes_by_engine.items() if engine != self.primary)
+        """Count the nodes that do not run on the primary engine, or there in another precision than asked for."""
+        return sum(self.nodes_elsewhere.values())
+
+    @property
+    def nodes_elsewhere(self) -> dict[str, int]:
+        """Count those nodes by where they run: ``cpu/onnxruntime``, with a precision asked for also ``... in fp32``."""
+        counts: Counter[str] = Counter()
+        for segment in self.segments:
+            if not self._as_asked(segment):
+                where = segment.engine if self.precision is None else f"{segment.engine} in {segment.precision}"
+                counts[where] += len(segment.nodes)
+        return dict(counts)
+
+    def _as_asked(self, segment: SegmentPlace) -> bool:
+        return segment.engine == self.primary and self.precision in (None, segment.precision)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data that `from_json` reads back."""
-        return asdict(self)
+        data = asdict(self)
+        if self.precision is None:
+            del data["precision"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Placement:
@@ -94,6 +115,7 @@ class Placement:
             _texts(data, "primary")[0],
             tuple(_segment(segment) for segment in data["segments"]),
             tuple(Refusal(*_texts(refusal, "node", "kind", "engine", "reason")) for refusal in data["refusals"]),
+            _texts(data, "precision")[0] if "precision" in data else None,
         )
 
     def render(self, *, reasons: int = 20) -> RenderableType:
@@ -108,7 +130,8 @@ class Placement:
 
         total = sum(self.nodes_by_engine.values())
         # Names come from models and hold brackets, which rich would take for markup: `Text` keeps it from that.
-        title = Text(f"{self.target}: {_count(total, 'node')} in {_count(len(self.segments), 'segment')}")
+        asked = "" if self.precision is None else f" in {self.precision}"
+        title = Text(f"{self.target}{asked}: {_count(total, 'node')} in {_count(len(self.segments), 'segment')}")
         table = Table(title=title, title_justify="left")
         for heading in ("#", "engine", "precision"):
             table.add_column(heading, no_wrap=True)
@@ -120,7 +143,7 @@ class Placement:
                 str(index),
                 Text(
                     segment.engine + mark_of(segment.nature),
-                    style="" if segment.engine == self.primary else "yellow",
+                    style="" if self._as_asked(segment) else "yellow",
                 ),
                 Text(segment.precision),
                 str(len(segment.nodes)),
@@ -229,6 +252,7 @@ def place(
     candidates: Sequence[Candidate],
     precisions: Sequence[str],
     partition: Partition,
+    precision: str | None = None,
 ) -> Placement:
     """Describe a partition of a graph."""
     last_use = _readers(graph, partition)
@@ -262,7 +286,7 @@ def place(
         for index, verdict in enumerate(row)
         if verdict is not None and not verdict.supported
     )
-    return Placement(target, candidates[0].name, tuple(segments), refusals)
+    return Placement(target, candidates[0].name, tuple(segments), refusals, precision)
 
 
 def _readers(graph: Graph, partition: Partition) -> dict[str, set[int]]:

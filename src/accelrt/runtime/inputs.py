@@ -97,6 +97,21 @@ def check_examples(signature: Signature, examples: Any) -> None:
     Binder(signature).bind(tuple(examples) if positional else (examples,))
 
 
+def bind_calls(signature: Signature, calls: Any) -> list[Mapping[str, Value]]:
+    """Bind the inputs of several calls: each a mapping by name, a tuple in order, or the value of a single input.
+
+    Raises:
+        InputError: One does not fit; says which.
+    """
+    binder, bound = Binder(signature), []
+    for number, call in enumerate(calls):
+        try:
+            bound.append(binder.bind(call if isinstance(call, tuple) else (call,)))
+        except InputError as error:
+            raise InputError(f"Item {number}: {error.message}", hint=error.hint) from error
+    return bound
+
+
 def _expectation(type_: TensorType) -> tuple[Any, int, tuple[int, ...] | None, tuple[tuple[int, int], ...]]:
     """Return dtype, rank, the whole shape if it is static, and the axes of static size."""
     shape = type_.shape or ()

@@ -26,6 +26,7 @@ from accelrt.errors import (
 from accelrt.graph.types import Value
 from accelrt.options import Options
 from accelrt.policy import Fallback, announce
+from accelrt.precision.plan import plan, precision_named
 from accelrt.registry import CPU, REGISTRY, Candidate, devices_of, find_engine, status_of
 from accelrt.runtime.session import Session, Step
 from accelrt.target import Target, parse
@@ -104,7 +105,12 @@ def _rebuilt(artifact: Artifact, target: Target, reason: AccelrtError, fallback:
         target = Target(CPU)
         candidates = REGISTRY.candidates(target)
         announce(fallback, f"{reason} It is compiled for {candidates[0].name} instead.")
-    request = BuildRequest(str(target), candidates, _recorded(artifact, candidates), artifact.manifest.source_format)
+    if (asked := artifact.manifest.options.get("precision")) is not None:
+        asked = precision_named(asked)
+    candidates, precisions = plan(candidates, asked)
+    request = BuildRequest(
+        str(target), candidates, _recorded(artifact, candidates), artifact.manifest.source_format, asked, precisions
+    )
     return build(artifact.source_graph(), request, fallback=fallback)
 
 
@@ -165,7 +171,7 @@ class _Loader:
     def _program(self, segment: SegmentRecord, engine: Engine) -> Program:
         files = program_files(self.artifact.folder, segment)
         options = option_module.from_json(engine.options, segment.options)
-        return Program(files, segment.fingerprint, segment.signature, options)
+        return Program(files, segment.fingerprint, segment.signature, options, precision_named(segment.precision))
 
     def _devices(self, segment: SegmentRecord) -> tuple[Device, ...]:
         backend = REGISTRY.backend(segment.backend)

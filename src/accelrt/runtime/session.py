@@ -118,6 +118,19 @@ class Session:
         finally:
             next(self._left)
 
+    def trace(self, *inputs: Any) -> Iterator[tuple[dict[str, Value], Outputs]]:
+        """Compute one call segment by segment: yield what each one read and what it gave, in order.
+
+        Raises:
+            Whatever `predict` raises, at the segment's turn.
+        """
+        values = dict(self._binder.bind(inputs))
+        for step in self._steps:
+            feeds = {name: values[name] for name in step.inputs}
+            outputs = self._run_step(step, feeds)
+            values.update(outputs)
+            yield feeds, outputs
+
     def submit(self, *inputs: Any) -> Future[Outputs]:
         """Queue one call on the session's threads and return its future.
 

@@ -50,6 +50,8 @@ class FakeConfig:
         concurrent: Whether an executable may be called from several threads at once.
         unusable: Why the engine is not usable; None if it is.
         version: Part of the fingerprint.
+        precisions: What it computes in; bf16 and fp16 it would compute in float32 all the same.
+        distorts: Given the operator types of a segment and its outputs, returns outputs that are wrong.
     """
 
     operators: Operators = None
@@ -63,6 +65,8 @@ class FakeConfig:
     concurrent: bool = True
     unusable: str | None = None
     version: str = "1"
+    precisions: Collection[str] = ("fp32", "int8")
+    distorts: Callable[[tuple[str, ...], dict[str, Value]], dict[str, Value]] | None = None
 
 
 class FakeEngine(Engine):
@@ -85,9 +89,13 @@ class FakeEngine(Engine):
         operators = self.config.operators
         known = repr(sorted(operators)) if isinstance(operators, Collection) else repr(operators)
         fails = repr(self.config.fails_to_compile)
-        return {"fake": self.config.version, "operators": known, "fails_to_compile": fails}
+        facts = {"fake": self.config.version, "operators": known, "fails_to_compile": fails}
+        # Distortion strikes at run; but a cached verdict on it must not serve one that distorts otherwise.
+        return facts if self.config.distorts is None else {**facts, "distorts": repr(self.config.distorts)}
 
     def supports(self, node: Node, precision: Precision) -> Verdict:
+        if precision not in self.config.precisions:
+            return Verdict.refuse(f"precision {precision} is not offered by this stand-in")
         operators = self.config.operators
         chosen = operators is None or (operators(node) if callable(operators) else node.op_type in operators)
         if not chosen:
@@ -108,11 +116,12 @@ class FakeEngine(Engine):
         cpu = REGISTRY.backend(CPU)
         for name in cpu.fallback:
             engine = find_engine(cpu, name)
-            if all(verdict.supported for verdict in engine.supports_all(nodes, job.precision)):
-                program = engine.compile(replace(job, options=engine.options()), out)
+            computed: Precision = "int8" if job.precision == "int8" else "fp32"
+            if all(verdict.supported for verdict in engine.supports_all(nodes, computed)):
+                program = engine.compile(replace(job, options=engine.options(), precision=computed), out)
                 (out / "fake.json").write_text(json.dumps({"computes_on": name, "operators": kinds}))
                 files = {**program.files, "fake.json": out / "fake.json"}
-                return Program(files, self.fingerprint(), job.signature, job.options)
+                return Program(files, self.fingerprint(), job.signature, job.options, job.precision)
         raise CompileError("No engine of the CPU computes this whole segment for the stand-in.", backend="fake")
 
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
@@ -141,6 +150,8 @@ class _FakeExecutable(Executable):
         if config.fails_to_run is not None and config.fails_to_run(self._operators, number):
             raise RuntimeError("the stand-in was told to fail on this call")
         outputs = self._inner.run(inputs)
+        if config.distorts is not None:
+            outputs = config.distorts(self._operators, outputs)
         delay = config.latency_s
         if config.bytes_per_s is not None:
             delay += (_bytes(inputs.values()) + _bytes(outputs.values())) / config.bytes_per_s

@@ -1,0 +1,1 @@
+"""Numbers: how far outputs may be from right, casts, and calibration for integers. Runs no session."""
