@@ -183,19 +183,21 @@ def _alias(tensor: str) -> str:
 
 def _port(name: str, tensor: Any) -> dict[str, Any]:
     import numpy as np
-    import onnx_ir as ir
+    import onnx
 
     kind = tensor.dtype.as_numpy_dtype
-    dtype = ir.DataType.STRING if kind is object else ir.DataType.from_numpy(np.dtype(kind))
+    dtype = onnx.TensorProto.STRING if kind is object else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
     rank = tensor.shape.rank
     shape = None if rank is None else list(tensor.shape.as_list())
-    return {"name": name, "tensor": tensor.name, "dtype": dtype.value, "shape": shape}
+    return {"name": name, "tensor": tensor.name, "dtype": dtype, "shape": shape}
 
 
 def _write(frozen: dict[str, Any], target: Path, opset: int | None, source: str) -> None:
     import tensorflow as tf
     import tf2onnx.utils
     from tf2onnx import convert as tf2onnx_convert
+
+    from accelrt.sources import tensorflow_ops  # noqa: F401 - adds what tf2onnx lacks
 
     tf2onnx.utils.INTERNAL_NAME = 1  # the same model gets the same names, and is found in the cache
     outputs = list(dict.fromkeys(port["tensor"] for port in frozen["outputs"]))
