@@ -103,16 +103,20 @@ def export(model: Any, request: SourceRequest, source: str, path: Path) -> Trace
             traced = trace(model, request, source)
             holder = tf.Module()
             holder.kept = list(traced.function.graph.variables)
-            if isinstance(model, tf.__internal__.tracking.AutoTrackable):
-                holder.model = model  # its tables, too, are saved
-
             specs = [tf.TensorSpec(t.shape, t.dtype, _safe("input", i)) for i, t in enumerate(_inputs(traced))]
 
             def serve(*tensors: Any) -> dict[str, Any]:
                 return {_safe("output", i): value for i, value in enumerate(traced.function(*tensors))}
 
             serving = tf.function(serve, input_signature=specs, autograph=False)
-            tf.saved_model.save(holder, str(path), signatures={_CHOICE: serving})
+            try:
+                tf.saved_model.save(holder, str(path), signatures={_CHOICE: serving})
+            except AssertionError:
+                # It uses tables, which only the model itself can save; it takes longer, with all its functions.
+                if not isinstance(model, tf.__internal__.tracking.AutoTrackable):
+                    raise
+                holder.model = model
+                tf.saved_model.save(holder, str(path), signatures={_CHOICE: serving})
         except SourceError:
             raise
         except Exception as error:
