@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,11 +111,13 @@ def vet_keras(path: Path) -> None:
     )
     for entry in _objects(config):
         name = entry["class_name"]
-        if name in _CODE:
-            raise SourceError(f"{path} holds {_CODE[name]}.", hint=hint)
+        # Keras joins module and class by a dot, and looks a registered name up first.
+        for part in (*name.split("."), *re.split(r"[.>]", str(entry.get("registered_name")))):
+            if part in _CODE:
+                raise SourceError(f"{path} holds {_CODE[part]}.", hint=hint)
         module = str(entry.get("module") or "builtins")
         parts = [part for part in module.split(".") if part != "src"]
-        if parts[0] not in ("keras", "builtins"):
+        if parts[0] not in ("keras", "builtins") or "." in name:
             raise SourceError(f"{path} uses {name} of the module {module}, which is not part of Keras.", hint=hint)
         if name == "function" and parts[0] == "keras" and (len(parts) < 2 or parts[1] not in _FUNCTION_MODULES):
             raise SourceError(f"{path} would call {entry.get('config')!r} of the module {module}.", hint=hint)

@@ -14,12 +14,9 @@ from typing import Any
 
 from accelrt.errors import SourceError
 from accelrt.sources.request import SourceRequest
+from accelrt.sources.tensorflow_inputs import examples, mapped
 from accelrt.sources.torch_names import names_of
 
-_EXAMPLE = (
-    "Pass what the model takes, e.g. accelrt.compile(model, example_inputs=(np.zeros((1, 224, 224, 3), 'float32'),)), "
-    "or its shapes and types: example_inputs=(tf.TensorSpec([None, 224, 224, 3], tf.float32),)."
-)
 _CHOICE = "serving_default"
 
 
@@ -148,7 +145,7 @@ def _trace_keras(model: Any, request: SourceRequest, source: str) -> Traced:
 
     inputs = getattr(model, "inputs", None)
     if not inputs:
-        args, kwargs = _examples(model.call, request, source)
+        args, kwargs = examples(model.call, request, source)
         return _trace_call(lambda *a, **k: model(*a, training=False, **k), model.call, args, kwargs)
     if any(getattr(tensor, "sparse", False) or getattr(tensor, "ragged", False) for tensor in inputs):
         raise SourceError(f"{source} takes sparse or ragged tensors, which ONNX does not have.")
@@ -198,7 +195,7 @@ def _method(model: Any, asked: str | None, source: str) -> Any:
 def _trace_function(function: Any, request: SourceRequest, source: str) -> Traced:
     if request.example_inputs is None and getattr(function, "input_signature", None) is not None:
         return _trace_concrete(function.get_concrete_function())
-    args, kwargs = _examples(function.python_function, request, source)
+    args, kwargs = examples(function.python_function, request, source)
     return _trace_concrete(function.get_concrete_function(*args, **kwargs))
 
 
@@ -229,14 +226,14 @@ def _trace_slots(call: Callable[..., Any], args: Mapping[str, Any], kwargs: Mapp
         specs.append(leaf)
         return _Slot(len(names) - 1)
 
-    slots = [_mapped(value, name, take) for name, value in args.items()]
-    named = {name: _mapped(value, name, take) for name, value in kwargs.items()}
+    slots = [mapped(value, name, take) for name, value in args.items()]
+    named = {name: mapped(value, name, take) for name, value in kwargs.items()}
 
     def body(tensors: Any) -> Any:
         def fill(_: str, leaf: Any) -> Any:
             return tensors[leaf.index] if isinstance(leaf, _Slot) else leaf
 
-        return call(*(_mapped(v, "", fill) for v in slots), **{k: _mapped(v, "", fill) for k, v in named.items()})
+        return call(*(mapped(v, "", fill) for v in slots), **{k: mapped(v, "", fill) for k, v in named.items()})
 
     return _flat(body, names, specs)
 
@@ -250,7 +247,7 @@ def _flat(body: Callable[[Any], Any], names: list[str], specs: list[Any]) -> Tra
     def serve(*tensors: Any) -> list[Any]:
         result = body(list(tensors))
         leaves: list[Any] = []
-        _mapped(result, "", lambda _, leaf: leaves.append(leaf) if leaf is not None else None)
+        mapped(result, "", lambda _, leaf: leaves.append(leaf) if leaf is not None else None)
         found = names_of(result, "")
         found = ["output" if not name else f"output{name}" if name.startswith("_") else name for name in found]
         outputs[:] = found if len({*found}) == len(found) else [f"output_{i}" for i in range(len(found))]
@@ -261,50 +258,6 @@ def _flat(body: Callable[[Any], Any], names: list[str], specs: list[Any]) -> Tra
     signature = [tf.TensorSpec(spec.shape, spec.dtype, _safe("input", i)) for i, spec in enumerate(specs)]
     function = tf.function(serve, input_signature=signature, autograph=False).get_concrete_function()
     return Traced(function, names, list(outputs))
-
-
-def _mapped(value: Any, name: str, visit: Callable[[str, Any], Any]) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _mapped(item, f"{name}_{key}" if name else str(key), visit) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        items = zip(value._fields, value, strict=True)
-        return type(value)(*(_mapped(item, f"{name}_{key}" if name else key, visit) for key, item in items))
-    if isinstance(value, list | tuple):
-        return type(value)(_mapped(item, f"{name}_{i}", visit) for i, item in enumerate(value))
-    return visit(name, value)
-
-
-def _examples(function: Any, request: SourceRequest, source: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    given: Any = request.example_inputs
-    parameters = [
-        p.name
-        for p in inspect.signature(function).parameters.values()
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in ("self", "training", "mask")
-    ]
-    if given is None:
-        raise SourceError(
-            f"{source} carries no shapes or types of its inputs ({', '.join(parameters)}), and "
-            "no example_inputs were given.",
-            hint=_EXAMPLE,
-        )
-    if isinstance(given, Mapping) and {*given} <= {*parameters}:
-        return (), {name: _mapped(given[name], "", _spec) for name in parameters if name in given}
-    if not isinstance(given, list | tuple):
-        given = (given,)
-    return tuple(_mapped(value, "", _spec) for value in given), {}
-
-
-def _spec(_: str, value: Any) -> Any:
-    """Return the shape and type of an example; Python's own numbers and texts stay constants, as TensorFlow has it."""
-    import numpy as np
-    import tensorflow as tf
-
-    if value is None or isinstance(value, tf.TensorSpec | bool | int | float | str | bytes):
-        return value
-    if isinstance(value, tf.Tensor | tf.Variable):
-        return tf.TensorSpec(value.shape, value.dtype)
-    array = np.asarray(value)
-    return tf.TensorSpec(array.shape, tf.string if array.dtype.kind in "USO" else tf.as_dtype(array.dtype))
 
 
 @contextlib.contextmanager
