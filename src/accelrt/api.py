@@ -30,8 +30,8 @@ def compile(
     *,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     fallback: str = "warn",
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
+    input_names: Sequence[str] | Mapping[str, str] | None = None,
+    output_names: Sequence[str] | Mapping[str, str] | None = None,
     options: Mapping[str, Any] | None = None,
     precision: Precision | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
@@ -42,13 +42,15 @@ def compile(
     """Compile a model for a target; what the target cannot run goes to the CPU, and the artifact says so.
 
     Args:
-        model: ONNX (path, bytes, ``onnx.ModelProto``, ``onnx_ir.Model``) or PyTorch (``nn.Module``,
-            ``ExportedProgram``, ``ScriptModule``, a ``.pt2`` or TorchScript file).
+        model: ONNX (path, bytes, ``onnx.ModelProto``, ``onnx_ir.Model``), PyTorch (``nn.Module``,
+            ``ExportedProgram``, ``ScriptModule``, a ``.pt2`` or TorchScript file) or TensorFlow (a SavedModel folder,
+            ``.keras`` file or frozen graph, ``keras.Model``, ``tf.function``, ``tf.Module``).
         backend: A target, ``backend[/engine][:devices]``; if absent that of ``ACCELRT_BACKEND``, else ``cpu``.
-        example_inputs: Inputs the model accepts, positional or by name. PyTorch modules and TorchScript need them;
-            those of other models are checked against the signature.
+        example_inputs: Inputs the model accepts, positional or by name. PyTorch modules, TorchScript and
+            TensorFlow functions without a signature need them; those of ONNX models are checked against it.
         fallback: ``"warn"`` lets nodes run elsewhere and says so once, ``"allow"`` is silent, ``"error"`` raises.
-        input_names: Names for the inputs, in order, instead of the model's own.
+        input_names: Names for the inputs, in order, instead of the model's own. TensorFlow models take a mapping
+            of names to their own as well; of a frozen graph, tensors are named: ``{"x": "input:0"}``.
         output_names: Likewise for the outputs.
         options: Options by name, of the source, the partitioner and the engines; ``"engine.name"`` for one alone.
         precision: What the requested engine computes in: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``; inputs and

@@ -46,7 +46,13 @@ class PrecisionName(StrEnum):
 
 @guarded
 def compile_(
-    model: Annotated[Path, typer.Argument(help="ONNX, or PyTorch's .pt2 or TorchScript.", show_default=False)],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="ONNX, PyTorch's .pt2 or TorchScript, a TensorFlow SavedModel, .keras or frozen .pb.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The artifact to write, by custom *.accel.", show_default=False)
     ],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import stat
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelrt.errors import OptionError, SourceError
-from accelrt.sources import torch_files
+from accelrt.sources import tensorflow_files, torch_files
 from accelrt.sources.request import SourceOptions, SourceRequest
 
 if TYPE_CHECKING:
@@ -19,13 +20,14 @@ __all__ = ["Source", "SourceOptions", "SourceRequest", "open_source"]
 
 ACCEPTED = (
     "Accepted: ONNX (a path, bytes, onnx.ModelProto, onnx_ir.Model), PyTorch (nn.Module, ExportedProgram, .pt2, "
-    "ScriptModule, TorchScript .pt)."
+    "ScriptModule, TorchScript .pt), TensorFlow (SavedModel folder, .keras, frozen graph .pb, keras.Model, "
+    "tf.function, tf.Module)."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A source turned into a graph; ``format`` says what it was: ``onnx``, ``torch``."""
+    """A source turned into a graph; ``format`` says what it was: ``onnx``, ``torch``, ``tensorflow``."""
 
     graph: Graph
     format: str
@@ -44,10 +46,12 @@ def open_source(model: Any, request: SourceRequest) -> Source:
         return _open_onnx(bytes(model), request)
     if _is_instance_of(model, "onnx", "ModelProto") or _is_instance_of(model, "onnx_ir", "Model"):
         return _open_onnx(model, request)
-    from accelrt.sources import torch
+    from accelrt.sources import tensorflow, torch
 
     if torch.recognises(model):
         return _open_torch(model, request)
+    if tensorflow.recognises(model):
+        return _open_tensorflow(model, request)
     raise SourceError(f"A {_type_name(model)} is not a model that accelrt knows.", hint=ACCEPTED)
 
 
@@ -56,10 +60,12 @@ def _open_path(path: Path, request: SourceRequest) -> Source:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         raise SourceError(f"There is no file {str(path)[:200]!r}.", hint=ACCEPTED) from error
-    if stat.S_ISDIR(mode):
-        raise SourceError(f"{path} is a folder, and no folder is a model in this version.", hint=ACCEPTED)
-    if not stat.S_ISREG(mode):
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise SourceError(f"{path} is no regular file.", hint=ACCEPTED)
+    if tensorflow_files.recognises_file(path) is not None or path.suffix in (".keras", ".h5", ".hdf5", ".tflite"):
+        return _open_tensorflow(path, request)
+    if stat.S_ISDIR(mode):
+        raise SourceError(f"{path} is a folder without a saved_model.pb; no other is a model.", hint=ACCEPTED)
     if torch_files.recognises_file(path) is not None or path.suffix in (".pt", ".pth", ".pt2"):
         return _open_torch(path, request)
     from accelrt.errors import GraphError
@@ -76,7 +82,11 @@ def _open_onnx(model: Any, request: SourceRequest) -> Source:
     from accelrt.graph.load import load_graph
 
     if request.options != SourceOptions():
-        raise OptionError("The options `dynamic_shapes` and `opset` are for PyTorch models; an ONNX model has its own.")
+        raise OptionError(
+            "The options `dynamic_shapes`, `opset` and `signature` are for PyTorch and TensorFlow models; an "
+            "ONNX model has its own."
+        )
+    _refuse_aliases(request)
     graph = load_graph(model)
     for side, names, known in (
         ("input", request.input_names, graph.signature.input_names),
@@ -87,14 +97,33 @@ def _open_onnx(model: Any, request: SourceRequest) -> Source:
                 f"{len(names)} {side} names were given ({', '.join(names)}); the model has {len(known)}: "
                 f"{', '.join(known)}."
             )
-    return Source(graph.rename(request.input_names, request.output_names), "onnx")
+    return Source(graph.rename(list(request.input_names or ()), list(request.output_names or ())), "onnx")
 
 
 def _open_torch(model: Any, request: SourceRequest) -> Source:
     from accelrt.graph.load import load_graph
     from accelrt.sources import torch
 
+    if request.options.signature is not None:
+        raise OptionError("The option `signature` is for TensorFlow models; a PyTorch model has no signatures.")
+    _refuse_aliases(request)
     return Source(load_graph(torch.to_onnx(model, request)), "torch")
+
+
+def _open_tensorflow(model: Any, request: SourceRequest) -> Source:
+    from accelrt.graph.load import load_graph
+    from accelrt.sources import tensorflow
+
+    return Source(load_graph(tensorflow.to_onnx(model, request)), "tensorflow")
+
+
+def _refuse_aliases(request: SourceRequest) -> None:
+    for side, names in (("input", request.input_names), ("output", request.output_names)):
+        if isinstance(names, Mapping):
+            raise SourceError(
+                f"{side}_names is a mapping, and those are for TensorFlow models.",
+                hint=f"Give the names in order: {side}_names={list(names)}.",
+            )
 
 
 def _is_instance_of(model: Any, module: str, name: str) -> bool:

@@ -83,7 +83,7 @@ def _detach_outputs(graph: ir.Graph) -> None:
         seen.add(id(value))
 
 
-def _chosen(side: str, asked: Sequence[str] | None, found: list[str]) -> list[str]:
+def _chosen(side: str, asked: Sequence[str] | Mapping[str, str] | None, found: list[str]) -> list[str]:
     if asked is None:
         return found
     if len(asked) != len(found):
