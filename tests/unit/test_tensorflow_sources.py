@@ -189,6 +189,27 @@ def test_the_same_model_converts_to_the_same_graph(cnn: Any, tmp_path: Path) -> 
     assert first.proto.SerializeToString(deterministic=True) == second.proto.SerializeToString(deterministic=True)
 
 
+def test_a_transformer_block_with_open_dimensions() -> None:
+    keras.utils.set_random_seed(0)
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    words = keras.layers.Embedding(50, 16)(ids)
+    mixed = keras.layers.LayerNormalization()(keras.layers.MultiHeadAttention(2, 8)(words, words) + words)
+    model = keras.Model(ids, {"out": keras.layers.Dense(16, activation="gelu")(mixed)})
+    artifact = accelrt.compile(model)
+    with accelrt.load(artifact) as session:
+        for shape in ((1, 3), (2, 9)):
+            tokens = RNG.integers(0, 50, shape).astype(np.int32)
+            same(session.predict(tokens), {"out": model(tokens, training=False)["out"]})
+
+
+def test_words_are_looked_up_in_a_keras_file(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((1,), dtype="string"), keras.layers.StringLookup(vocabulary=["cat", "dog"])])
+    model.save(tmp_path / "words.keras")
+    words = np.array([["dog"], ["emu"]], object)
+    for source in (model, tmp_path / "words.keras"):
+        same(predict(source, {"input": words}), {"output": model(tf.constant(words.astype(str)))})
+
+
 # Functions
 
 
@@ -282,6 +303,19 @@ def test_weights_beyond_a_protocol_buffer_lie_beside_the_graph(
     same(predict(model, {"input": image}), {"output": cnn(image, training=False)})
 
 
+def test_a_saved_model_of_tensorflow_1(tmp_path: Path) -> None:
+    v1, folder, weight = tf.compat.v1, str(tmp_path / "model"), floats(3, 2)
+    with tf.Graph().as_default() as graph, v1.Session(graph=graph) as session:
+        a = v1.placeholder(tf.float32, [None, 3], "a")
+        product = tf.matmul(a, v1.get_variable("w", initializer=weight))
+        result = tf.cond(tf.reduce_sum(a) > 0, lambda: product + 1, lambda: product - 1)
+        session.run(v1.global_variables_initializer())
+        v1.saved_model.simple_save(session, folder, {"a": a}, {"r": result})
+    x = np.abs(floats(2, 3))
+    for sign in (1, -1):
+        same(predict(folder, {"a": sign * x}), {"r": sign * x @ weight + np.float32(sign)})
+
+
 # Frozen graphs
 
 
@@ -335,6 +369,23 @@ def test_operators_without_a_form_in_onnx_are_named() -> None:
     x = floats(3, 3)
     with pytest.raises(SourceError, match=r"tf2onnx cannot write as ONNX: Svd\."):
         accelrt.compile(tf.function(lambda x: tf.linalg.svd(x)[0]), example_inputs=(x,))
+
+
+def test_a_comparison_of_strings_is_refused_before_it_runs() -> None:
+    with pytest.raises(SourceError, match="Equal of strings"):
+        accelrt.compile(tf.function(lambda x: x == "cat"), example_inputs=(np.array(["dog"]),))
+
+
+def test_a_fault_in_the_model_is_told_with_its_cause() -> None:
+    @tf.function
+    def wrong(x: Any) -> Any:
+        return tf.matmul(x, tf.zeros([5, 5]))
+
+    with pytest.raises(SourceError, match=r"cannot be traced: ValueError: Dimensions must be equal, but are 3 and 5"):
+        accelrt.compile(wrong, example_inputs=(floats(2, 3),))
+    table = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(["a"], [1]), -1)
+    with pytest.raises(SourceError, match=r"untracked.*method of a tf\.Module"):
+        accelrt.compile(tf.function(lambda x: table.lookup(x)), example_inputs=(np.array(["a"]),))
 
 
 def test_a_lambda_layer_in_a_file_is_refused_and_never_run(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from accelrt.errors import AccelrtError, SourceError
 from accelrt.sources.tensorflow_frozen import open_graph, port
+from accelrt.sources.tensorflow_inputs import described
 
 OPSET = 18
 """The newest that tf2onnx 1.17 writes."""
@@ -92,6 +93,8 @@ def _write(frozen: dict[str, Any], target: Path, opset: int | None, source: str)
     from accelrt.sources import tensorflow_ops  # noqa: F401 - adds what tf2onnx lacks
 
     tf2onnx.utils.INTERNAL_NAME = 1  # the same model gets the same names, and is found in the cache
+    if _compares_strings(frozen["graph_def"]):
+        raise _no_form(source, ["Equal of strings"])
     outputs = list(dict.fromkeys(port["tensor"] for port in frozen["outputs"]))
     log = _Unsupported()
     logging.getLogger("tf2onnx").addHandler(log)
@@ -141,6 +144,18 @@ def _no_form(source: str, operators: Iterable[str]) -> SourceError:
     )
 
 
+def _compares_strings(graph_def: Any) -> bool:
+    """Tell what tf2onnx would write as a comparison of numbers, which fails when the model runs."""
+    import tensorflow as tf
+
+    bodies = [graph_def.node, *(function.node_def for function in graph_def.library.function)]
+    return any(
+        node.op in ("Equal", "NotEqual") and node.attr["T"].type == tf.string.as_datatype_enum
+        for body in bodies
+        for node in body
+    )
+
+
 def _foreign(proto: Any) -> set[str]:
     """Return the operators of a converted model that are none of ONNX's."""
     import onnx
@@ -177,6 +192,4 @@ def _explained(what: str, hint: str | None) -> Iterator[None]:
     except AccelrtError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        message = " ".join(lines[:3])[:500].rstrip(".")
-        raise SourceError(f"{what}: {type(error).__name__}: {message}.", hint=hint) from error
+        raise SourceError(f"{what}: {described(error)}", hint=hint) from error

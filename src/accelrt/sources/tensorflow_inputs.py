@@ -15,6 +15,15 @@ _EXAMPLE = (
 )
 
 
+def described(error: Exception) -> str:
+    """Return what an error of TensorFlow says, without its pages of advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # What the user's own code did wrong comes last, after the way there.
+    message = lines[-1] if lines and lines[0] == "in user code:" else " ".join(lines[:3])
+    kind = type(error).__name__
+    return f"{kind}: {message.removeprefix(f'{kind}: ')[:500].rstrip('.')}."
+
+
 def mapped(value: Any, name: str, visit: Callable[[str, Any], Any]) -> Any:
     """Return a nest with each leaf replaced by ``visit(path, leaf)``, paths joined by underscores."""
     if isinstance(value, Mapping):

@@ -14,7 +14,7 @@ from typing import Any
 
 from accelrt.errors import SourceError
 from accelrt.sources.request import SourceRequest
-from accelrt.sources.tensorflow_inputs import examples, mapped
+from accelrt.sources.tensorflow_inputs import described, examples, mapped
 from accelrt.sources.torch_names import names_of
 
 _CHOICE = "serving_default"
@@ -117,12 +117,10 @@ def export(model: Any, request: SourceRequest, source: str, path: Path) -> Trace
         except SourceError:
             raise
         except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            message = " ".join(lines[:3])[:500].rstrip(".")
             hint = None
-            if "untracked" in message:
+            if "untracked" in str(error):
                 hint = "Make the function a method of a tf.Module that holds what it uses, and pass the module."
-            raise SourceError(f"{source} cannot be traced: {type(error).__name__}: {message}.", hint=hint) from error
+            raise SourceError(f"{source} cannot be traced: {described(error)}", hint=hint) from error
     return traced
 
 
