@@ -141,11 +141,12 @@ class Verifier:
             return report
         failed = {output.name: tolerances[output.name] for output in report.failures}
         strictest = min(tolerance.relative_l2 for tolerance in failed.values())
-        guilty = next(
+        bad = (
             call
             for call, have, want in zip(calls, found, wanted, strict=True)
-            if any(output.problem for output in compare([have], [want], failed)) or len(calls) == 1
+            if any(output.problem for output in compare([have], [want], failed))
         )
+        guilty = next(bad, calls[0])
         return replace(report, culprit=self._localise(artifact, guilty, Tolerance(strictest)))
 
     def _reference(
