@@ -109,7 +109,7 @@ class Verifier:
         def run(artifact: Artifact) -> Mapping[str, Any]:
             report = self.verify(artifact)
             if not report.passed:
-                raise failure(report)
+                raise failure(report, localised=self._request.localise)
             return report.to_json()
 
         return Check(self._key(), run)
@@ -290,13 +290,13 @@ class Verifier:
                 return None
 
 
-def failure(report: VerificationReport) -> VerificationError:
+def failure(report: VerificationReport, *, localised: bool = False) -> VerificationError:
     """Return the error of a report that did not pass, with its table."""
     worst = report.failures[0]
     error = VerificationError(
         f"{len(report.failures)} of {len(report.outputs)} outputs are out of tolerance; "
         f"{worst.name!r}: {worst.problem}.\n{report.text()}",
-        hint=None if report.culprit is not None else "localise=True finds the first node that goes wrong.",
+        hint=None if localised else "localise=True finds the first node that goes wrong.",
     )
     error.report = report
     return error
