@@ -157,11 +157,7 @@ class Registry:
             engine = find_engine(backend, target.engine)
             status = status_of(engine)
             if not status.usable:
-                raise BackendUnavailable(
-                    f"{backend.name}/{engine.name} is not usable here: {status.reason or 'no reason given'}.",
-                    hint=f"Try: {status.remedy}" if status.remedy else None,
-                    backend=backend.name,
-                )
+                raise unavailable(f"{backend.name}/{engine.name} is", backend.name, status)
             return engine
         reasons = []
         for engine in backend.engines:
@@ -230,6 +226,15 @@ def status_of(engine: Engine) -> Status:
         return engine.status()
     except Exception as error:  # noqa: BLE001 - foreign code may raise anything
         return Status(False, reason=f"its status() raised {type(error).__name__}: {error}")
+
+
+def unavailable(subject: str, backend: str, status: Status) -> BackendUnavailable:
+    """Return the error about an engine that is not usable; ``subject`` is how its sentence begins, up to the verb."""
+    return BackendUnavailable(
+        f"{subject} not usable here: {status.reason or 'no reason given'}.",
+        hint=f"Try: {status.remedy}" if status.remedy else None,
+        backend=backend,
+    )
 
 
 def find_engine(backend: Backend, name: str) -> Engine:

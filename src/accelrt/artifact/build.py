@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -142,7 +143,7 @@ def _build_apart(graph: Graph, request: BuildRequest, progress: Progress | None,
         ) from error
     finally:
         if entry is None:
-            Cache(folder).discard(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     return Artifact(entry)
 
 

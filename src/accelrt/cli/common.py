@@ -58,6 +58,10 @@ BackendsOption: TypeAlias = Annotated[
     list[str] | None,
     typer.Option("--backend", "-b", help="BACKEND, BACKEND/ENGINE or BACKEND:DEVICES; repeatable.", metavar="TARGET"),
 ]
+InputOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--input", "-i", help="NAME=FILE, or FILE (.npy, .npz, .json); repeatable.", metavar="NAME=FILE"),
+]
 DimOption: TypeAlias = Annotated[
     list[str] | None,
     typer.Option("--dim", help="The size of a symbolic dimension of random inputs, else 1: batch=8.", metavar="NAME=N"),

@@ -12,6 +12,7 @@ import typer
 from accelrt.cli.common import (
     BackendOption,
     DimOption,
+    InputOption,
     JsonFlag,
     SeedOption,
     TracebackFlag,
@@ -38,10 +39,7 @@ SHOWN = 4
 def run(
     model: Annotated[Path, typer.Argument(help="A model, or a compiled artifact.", show_default=False)],
     backend: BackendOption = None,
-    input_: Annotated[
-        list[str] | None,
-        typer.Option("--input", "-i", help="NAME=FILE, or FILE (.npy, .npz, .json); repeatable.", metavar="NAME=FILE"),
-    ] = None,
+    input_: InputOption = None,
     random: Annotated[
         bool, typer.Option("--random", help="Draw the inputs that are not given: floats normal, integers 0 or 1.")
     ] = False,

@@ -14,6 +14,7 @@ from accelrt.cli.common import (
     FAILED,
     BackendOption,
     DimOption,
+    InputOption,
     JsonFlag,
     SeedOption,
     TracebackFlag,
@@ -50,10 +51,7 @@ def verify(
     precision: Annotated[
         PrecisionName | None, typer.Option("--precision", "-p", help="What the engine computes in; else its default.")
     ] = None,
-    input_: Annotated[
-        list[str] | None,
-        typer.Option("--input", "-i", help="NAME=FILE, or FILE (.npy, .npz, .json); repeatable.", metavar="NAME=FILE"),
-    ] = None,
+    input_: InputOption = None,
     random: Annotated[
         bool, typer.Option("--random", help="Draw the inputs that are not given; all are drawn if none is given.")
     ] = False,

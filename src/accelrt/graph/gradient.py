@@ -16,6 +16,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from accelrt.graph.model import captures_of
+
 DOMAIN = "ai.onnx.preview.training"
 
 
@@ -84,14 +86,9 @@ def _path(graph: onnx.GraphProto, index: int, independent: set[str], y: str) -> 
         node = graph.node[position]
         if needed.intersection(node.output):
             needed.update(set(node.input) - independent)
-            needed.update(_captures(node) - independent)
+            needed.update(captures_of(node).keys() - independent)
             picked.append(position)
     return all(p < index for p in picked), [graph.node[p] for p in reversed(picked)]
-
-
-def _captures(node: onnx.NodeProto) -> set[str]:
-    graphs = [a.g for a in node.attribute if a.HasField("g")] + [g for a in node.attribute for g in a.graphs]
-    return {name for g in graphs for inner in g.node for name in {*inner.input, *_captures(inner)}}
 
 
 class _Tape:
@@ -161,7 +158,7 @@ class _Tape:
         """Write a path again over other values; their types are taken to be those of the first."""
         again = []
         for node in path:
-            if _captures(node) & names.keys():
+            if captures_of(node).keys() & names.keys():
                 raise _NoRule
             copy = onnx.NodeProto()
             copy.CopyFrom(node)
@@ -211,7 +208,7 @@ class _Tape:
 def _differentiate(tape: _Tape, path: Sequence[onnx.NodeProto], xs: Sequence[str], y: str) -> list[str | None]:
     active = set(xs)
     for node in path:
-        if node.op_type not in _CONSTANT and active.intersection((*node.input, *_captures(node))):
+        if node.op_type not in _CONSTANT and active.intersection((*node.input, *captures_of(node))):
             active.update(name for name in node.output if name)
     gradients: dict[str, str] = {}
     if y in active:
@@ -219,7 +216,7 @@ def _differentiate(tape: _Tape, path: Sequence[onnx.NodeProto], xs: Sequence[str
     for node in reversed(path):
         wanted = [i for i, name in enumerate(node.input) if name in active]
         flowing = [name for name in node.output if name in gradients]
-        if not flowing or not (wanted or _captures(node) & active):
+        if not flowing or not (wanted or captures_of(node).keys() & active):
             continue
         rule = _RULES.get(node.op_type) if node.domain in {"", "ai.onnx"} else None
         if rule is None or flowing != [node.output[0]] or not tape.is_real(node.output[0]):

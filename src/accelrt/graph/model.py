@@ -26,9 +26,13 @@ class Graph:
     Made by `accelrt.graph.load.load_graph`; treat both as immutable.
     """
 
-    def __init__(self, proto: onnx.ModelProto, weights: Mapping[str, Any]) -> None:
+    def __init__(
+        self, proto: onnx.ModelProto, weights: Mapping[str, Any], digests: dict[str, bytes] | None = None
+    ) -> None:
         self.proto = proto
         self.weights = weights
+        # The SHA-256 of weights already read, shared with the graphs cut out of this one: reading is most of the work.
+        self._digests: dict[str, bytes] = {} if digests is None else digests
 
     @cached_property
     def opsets(self) -> dict[str, int]:
@@ -96,8 +100,13 @@ class Graph:
         """SHA-256 over structure and weights: equal for equal models, wherever they lie."""
         total = hashlib.sha256(self.proto.SerializeToString(deterministic=True))
         for name in sorted(self.weights):
-            total.update(name.encode() + hashlib.sha256(tensor_bytes(self.weights[name])).digest())
+            total.update(name.encode() + self._weight_digest(name))
         return total.hexdigest()
+
+    def _weight_digest(self, name: str) -> bytes:
+        if (digest := self._digests.get(name)) is None:
+            digest = self._digests[name] = hashlib.sha256(tensor_bytes(self.weights[name])).digest()
+        return digest
 
     def weight_bytes(self, node: Node) -> dict[str, int]:
         """Return the bytes of each initialiser that a node reads."""
@@ -140,7 +149,8 @@ class Graph:
         )
         model = onnx.ModelProto(ir_version=self.proto.ir_version, opset_import=self.proto.opset_import)
         model.graph.CopyFrom(segment)
-        return Graph(model, {name: tensor for name, tensor in self.weights.items() if name in reads})
+        weights = {name: tensor for name, tensor in self.weights.items() if name in reads}
+        return Graph(model, weights, self._digests)
 
     def expose(self, names: Iterable[str]) -> Graph:
         """Return the graph with inner values as outputs too, in order, after its own; unknown names are left out.
@@ -157,7 +167,7 @@ class Graph:
         declared = [value for value in proto.graph.value_info if value.name not in added]
         del proto.graph.value_info[:]
         proto.graph.value_info.extend(declared)
-        return Graph(proto, self.weights)
+        return Graph(proto, self.weights, self._digests)
 
     def _value_info(self, name: str) -> onnx.ValueInfoProto:
         return onnx.ValueInfoProto(name=name, type=to_type_proto(self._typed(name)))
@@ -168,7 +178,8 @@ class Graph:
         proto.CopyFrom(self.proto)
         for tensor in proto.graph.initializer:
             if tensor.name in self.weights:
-                point_at(tensor, weights.add(tensor_bytes(self.weights[tensor.name])), weights.path.name)
+                data, digest = tensor_bytes(self.weights[tensor.name]), self._weight_digest(tensor.name)
+                point_at(tensor, weights.add(data, digest), weights.path.name)
         path.write_bytes(proto.SerializeToString())
 
     def rename(self, inputs: Sequence[str] | None, outputs: Sequence[str] | None) -> Graph:
@@ -185,7 +196,7 @@ class Graph:
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         _rename_values(proto.graph, names)
-        return Graph(proto, self.weights)
+        return Graph(proto, self.weights, self._digests)
 
 
 def with_nodes(graph: Graph, nodes: Sequence[onnx.NodeProto], tensors: Sequence[onnx.TensorProto]) -> Graph:

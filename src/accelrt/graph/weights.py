@@ -64,9 +64,9 @@ class WeightFile:
         self._known: dict[bytes, Extent] = {}
         self._file: BinaryIO | None = None
 
-    def add(self, data: memoryview) -> Extent:
-        """Store bytes, or find them, and tell where they are."""
-        digest = hashlib.sha256(data).digest()
+    def add(self, data: memoryview, digest: bytes | None = None) -> Extent:
+        """Store bytes, or find them, and tell where they are; ``digest`` is their SHA-256 where it is known already."""
+        digest = digest or hashlib.sha256(data).digest()
         if (extent := self._known.get(digest)) is not None:
             return extent
         if self._file is None:

@@ -27,7 +27,7 @@ from accelrt.graph.types import Value
 from accelrt.options import Options
 from accelrt.policy import Fallback, announce
 from accelrt.precision.plan import plan, precision_named
-from accelrt.registry import CPU, REGISTRY, Candidate, devices_of, find_engine, status_of
+from accelrt.registry import CPU, REGISTRY, Candidate, devices_of, find_engine, status_of, unavailable
 from accelrt.runtime.session import Session, Step
 from accelrt.target import Target, parse
 
@@ -68,11 +68,7 @@ def _stale(artifact: Artifact) -> AccelrtError | None:
             )
         status = status_of(engine)
         if not status.usable:
-            return BackendUnavailable(
-                f"The artifact needs {segment.name}, which is not usable here: {status.reason}.",
-                hint=f"Try: {status.remedy}" if status.remedy else None,
-                backend=segment.backend,
-            )
+            return unavailable(f"The artifact needs {segment.name}, which is", segment.backend, status)
         if difference := _difference(segment.fingerprint, engine.fingerprint()):
             return IncompatibleProgram(
                 f"The program for {segment.name} was compiled for {difference}.", backend=segment.backend
