@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from accelrt import options as option_module
 from accelrt.artifact.artifact import Artifact, is_artifact, open_artifact
-from accelrt.errors import CalibrationError, InputError, OptionError
+from accelrt.errors import OptionError
 from accelrt.policy import check as check_policy
 from accelrt.registry import REGISTRY
-from accelrt.target import parse_devices, requested
+from accelrt.target import AUTO, parse_devices, requested
 
 if TYPE_CHECKING:
     from accelrt.artifact.build import Progress
+    from accelrt.artifact.candidates import CandidateTable, Objective
     from accelrt.backend import Precision
-    from accelrt.graph.model import Graph
     from accelrt.precision.calibrate import Calibration
+    from accelrt.precision.compare import Tolerances
     from accelrt.runtime.session import Session
     from accelrt.verification import Verification
 
@@ -36,18 +37,28 @@ def compile(
     precision: Precision | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
     verify: Verify = None,
+    objective: Objective | None = None,
+    latency_budget: float | None = None,
+    percentile: float | None = None,
+    tolerance: Tolerances | None = None,
+    profile: CandidateTable | Artifact | None = None,
     cache: bool = True,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a model for a target; what the target cannot run goes to the CPU, and the artifact says so.
 
+    The target ``auto`` tries every engine in every precision that the tolerance allows, each in a child process,
+    verifies and measures it, and takes the best; the table of all is in the artifact's ``candidates``.
+
     Args:
         model: ONNX (path, bytes, ``onnx.ModelProto``, ``onnx_ir.Model``), PyTorch (``nn.Module``,
             ``ExportedProgram``, ``ScriptModule``, a ``.pt2`` or TorchScript file) or TensorFlow (a SavedModel folder,
             ``.keras`` file or frozen graph, ``keras.Model``, ``tf.function``, ``tf.Module``).
-        backend: A target, ``backend[/engine][:devices]``; if absent that of ``ACCELRT_BACKEND``, else ``cpu``.
+        backend: A target, ``backend[/engine][:devices]`` or ``auto``; if absent that of ``ACCELRT_BACKEND``, else
+            ``cpu``.
         example_inputs: Inputs the model accepts, positional or by name. PyTorch modules, TorchScript and
-            TensorFlow functions without a signature need them; those of ONNX models are checked against it.
+            TensorFlow functions without a signature need them; those of ONNX models are checked against it. ``auto``
+            times calls with them, and verifies with them unless ``verify`` says otherwise.
         fallback: ``"warn"`` lets nodes run elsewhere and says so once, ``"allow"`` is silent, ``"error"`` raises.
         input_names: Names for the inputs, in order, instead of the model's own. TensorFlow models take a mapping
             of names to their own as well; of a frozen graph, tensors are named: ``{"x": "input:0"}``.
@@ -61,6 +72,14 @@ def compile(
         verify: Hold the outputs against those of float32 on onnxruntime before the artifact is returned: True draws
             inputs, a mapping is one call, an iterable several, a `Verification` says more. The figures are in the
             artifact's ``verification``.
+        objective: For ``auto``: ``"latency"`` (least median of a call, the default), ``"throughput"`` (most rows a
+            second) or ``"memory"`` (least peak resident memory).
+        latency_budget: For ``auto``: most seconds that a call may take at the percentile.
+        percentile: For ``auto``: the percentile of latency to measure, 99 if absent.
+        tolerance: For ``auto``: relative L2 error that outputs may have, a `Tolerance`, or either by output name. If
+            absent that of float32, 1e-3, which allows no other precision.
+        profile: For ``auto``: figures measured earlier to choose by, instead of measuring: a `CandidateTable`, or the
+            artifact that holds it. The winner is verified all the same.
         cache: Look the result up in the compile cache, and put it there.
         progress: Called with what is being done, how much of it is done, and how much there is.
 
@@ -73,6 +92,7 @@ def compile(
         OptionError: An option nobody knows, or of the wrong type.
         UnsupportedNodes: ``fallback="error"`` and a node would leave the requested engine.
         CompileError: A node that nothing here can run.
+        NoCandidate: ``auto`` found none that is verified and within the budget; its ``rows`` say why.
         VerificationError: An output is out of tolerance.
         CalibrationError: A calibration set that is empty, does not fit, or holds NaN.
         InputError: Inputs for ``verify`` or of ``example_inputs`` that do not fit.
@@ -85,6 +105,24 @@ def compile(
     policy = check_policy(fallback)
     target = requested(backend)
     asked = None if precision is None else precision_named(precision)
+    wishes = {
+        "objective": objective,
+        "latency_budget_s": latency_budget,
+        "percentile": percentile,
+        "tolerance": tolerance,
+        "profile": profile,
+    }
+    wishes = {name: value for name, value in wishes.items() if value is not None}
+    if str(target) == AUTO:
+        from accelrt.tune.request import Wishes, auto
+
+        chosen = Wishes(asked, policy, calibration, verify, cache, progress, **wishes)  # type: ignore[arg-type]
+        return auto(model, SourceRequest(example_inputs, input_names, output_names), options, chosen)
+    if wishes:
+        raise OptionError(
+            f"{next(iter(wishes)).removesuffix('_s')!r} belongs to the target {AUTO!r}, and the target is {target}.",
+            hint="Pass backend='auto', or leave it out. verify=Verification(tolerance=...) holds any target to one.",
+        )
     if calibration is not None and asked != "int8":
         raise OptionError("A calibration is given, but precision='int8' is not.", hint="Pass both, or neither.")
     candidates, precisions = plan(REGISTRY.candidates(target), asked)
@@ -100,35 +138,13 @@ def compile(
 
         if (wanted := as_verification(verify)) is not None:
             check = Verifier(source.graph, wanted, cache=cache).check()
-    graph = _quantised(source.graph, calibration, progress) if asked == "int8" else source.graph
+    graph = source.graph
+    if asked == "int8":
+        from accelrt.tune.calibration import quantised
+
+        graph = quantised(graph, calibration, progress)
     request = BuildRequest(str(target), candidates, resolved, source.format, asked, precisions)
     return build(graph, request, fallback=policy, cache=cache, progress=progress, check=check)
-
-
-def _quantised(graph: Graph, calibration: Calibration | Iterable[Any] | None, progress: Progress | None) -> Graph:
-    """Return a graph in Q/DQ form, checking the calibration set before any work."""
-    from accelrt.precision.calibrate import Calibration, check_calls, is_quantised, quantise
-    from accelrt.runtime.inputs import bind_calls
-
-    if is_quantised(graph):
-        if calibration is not None:
-            raise OptionError("The model is quantised already, and takes no calibration.")
-        return graph
-    if calibration is None:
-        raise OptionError(
-            "precision='int8' needs typical inputs to calibrate with.",
-            hint="Pass calibration=[...]; a hundred are usually enough.",
-        )
-    how = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
-    inputs = [how.inputs] if isinstance(how.inputs, Mapping) else how.inputs
-    if isinstance(inputs, str | bytes) or not hasattr(inputs, "__iter__"):
-        raise CalibrationError(f"The calibration set must be an iterable of inputs, not {inputs!r}.")
-    try:
-        calls = bind_calls(graph.signature, inputs)
-    except InputError as error:
-        raise CalibrationError(f"The calibration set does not fit. {error.message}", hint=error.hint) from error
-    check_calls(calls)
-    return quantise(graph, calls, how, progress)
 
 
 def load(

@@ -13,6 +13,7 @@
     │   └── CalibrationError      a calibration set that is empty, does not fit the signature, or holds NaN
     ├── UnsupportedNodes          ``fallback="error"`` and some nodes would leave the requested engine
     ├── CompileError              an engine could not compile a segment
+    │   ├── NoCandidate           ``auto`` found none that is verified and within the latency budget
     │   └── IsolatedError         the child process that did the work crashed, hung or ran out of memory
     ├── ArtifactError             an artifact that cannot be read, written or trusted
     │   ├── CorruptArtifact       truncated, altered, malformed or hostile
@@ -103,6 +104,12 @@ class UnsupportedNodes(AccelrtError):
 
 class CompileError(AccelrtError):
     """An engine could not compile a segment."""
+
+
+class NoCandidate(CompileError):
+    """``auto`` found no candidate that is verified and within the budget; ``rows`` say why, one a candidate."""
+
+    rows: tuple[Any, ...] = ()
 
 
 class IsolatedError(CompileError):

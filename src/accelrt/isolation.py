@@ -1,7 +1,10 @@
 """Run what may crash in a child process, with a limit on time and memory.
 
-Vendors' compilers abort, loop and eat memory; the process that asked must live. One child is kept and reused, since
-importing a runtime costs about a second; whatever kills it kills only the call at hand.
+Vendors' compilers abort, loop and eat memory; the process that asked must live. One child is kept and reused by
+`call`, since importing a runtime costs about a second; whatever kills it kills only the call at hand. Who needs a
+process of its own, to measure it or to keep something in it between calls, starts a `Child`.
+
+A child may use isolation in turn. Its descendants count towards its memory limit and end with it.
 
 A call names a module-level function and passes plain data, so nothing is pickled either way.
 """
@@ -22,7 +25,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from accelrt import errors
 from accelrt.errors import AccelrtError, CompileError, IsolatedError
@@ -32,6 +35,7 @@ TIMEOUT_S = 1800.0
 
 _POLL_S = 0.05
 _LOG_CHARACTERS = 2000
+_NESTED = "ACCELRT_ISOLATED"
 
 
 def call(function: str, *, timeout_s: float = TIMEOUT_S, memory_bytes: int | None = None, **arguments: Any) -> Any:
@@ -49,38 +53,51 @@ def call(function: str, *, timeout_s: float = TIMEOUT_S, memory_bytes: int | Non
         CompileError: The function raised anything else.
     """
     with _LOCK:
-        return _child().call(function, arguments, timeout_s, memory_bytes)
+        return _child().call(function, timeout_s=timeout_s, memory_bytes=memory_bytes, **arguments)
 
 
-class _Child:
+class Child:
+    """A child process that answers one call at a time; close it, or use it as a context manager."""
+
     def __init__(self) -> None:
         self.owner = os.getpid()
+        self._closed = False
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
         request_read, self._requests = os.pipe()
         self._replies, reply_write = os.pipe()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        path = os.pathsep.join(path for path in sys.path if path)
+        # The outermost child leads a process group, so that its own children cannot outlive it.
+        self._leads = _NESTED not in os.environ
         self._process = subprocess.Popen(
             [sys.executable, "-m", "accelrt.isolation", str(request_read), str(reply_write)],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
             pass_fds=(request_read, reply_write),
-            env=environment,
+            env={**os.environ, "PYTHONPATH": path, _NESTED: "1"},
+            process_group=0 if self._leads else None,
         )
         os.close(request_read)
         os.close(reply_write)
 
     def alive(self) -> bool:
+        """Whether the process is there to take a call, and this is the process that started it."""
         return self.owner == os.getpid() and self._process.poll() is None
 
-    def call(self, function: str, arguments: dict[str, Any], timeout_s: float, memory_bytes: int | None) -> Any:
+    def call(
+        self, function: str, *, timeout_s: float = TIMEOUT_S, memory_bytes: int | None = None, **arguments: Any
+    ) -> Any:
+        """Call ``module:function`` in the child; arguments, results and errors are as for `isolation.call`.
+
+        After an `IsolatedError` the child is gone.
+        """
         self._log.truncate(0)
         self._log.seek(0)
         try:
             _write(self._requests, json.dumps([function, arguments]).encode() + b"\n")
             reply = self._wait(function, time.monotonic() + timeout_s, timeout_s, memory_bytes)
         except BaseException:
-            self.kill()  # also on KeyboardInterrupt: a late reply must not answer the next call
+            self.close()  # also on KeyboardInterrupt: a late reply must not answer the next call
             raise
         if "error" in reply:
             raise _rebuild(reply["error"])
@@ -110,8 +127,7 @@ class _Child:
 
     def _resident_bytes(self) -> int:
         with contextlib.suppress(OSError, ValueError, IndexError):
-            pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
-            return pages * os.sysconf("SC_PAGE_SIZE")
+            return sum(map(_resident_bytes, _family(self._process.pid)))
         return 0
 
     def _tail(self) -> str:
@@ -119,8 +135,15 @@ class _Child:
         text = self._log.read().decode("utf-8", "replace").strip()
         return f" Its last words: {text[-_LOG_CHARACTERS:]}" if text else ""
 
-    def kill(self) -> None:
+    def close(self) -> None:
+        """End the process and all that it started; closing twice is no error."""
+        if self._closed:
+            return
+        self._closed = True
         if self.owner == os.getpid():
+            if self._leads:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
             self._process.wait()
         for descriptor in (self._requests, self._replies):
@@ -128,22 +151,46 @@ class _Child:
                 os.close(descriptor)
         self._log.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _family(pid: int) -> list[int]:
+    """Return a process and its descendants."""
+    found = [pid]
+    for parent in found:  # grows while it is read
+        for task in Path(f"/proc/{parent}/task").iterdir():
+            with contextlib.suppress(OSError):
+                found.extend(map(int, (task / "children").read_text().split()))
+    return found
+
+
+def _resident_bytes(pid: int) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
 
 _LOCK = threading.Lock()
-_CURRENT: _Child | None = None
+_CURRENT: Child | None = None
 
 
-def _child() -> _Child:
+def _child() -> Child:
     global _CURRENT
     if _CURRENT is None or not _CURRENT.alive():
-        _CURRENT = _Child()
+        if _CURRENT is not None:
+            _CURRENT.close()
+        _CURRENT = Child()
     return _CURRENT
 
 
 @atexit.register
 def _stop() -> None:
     if _CURRENT is not None and _CURRENT.alive():
-        _CURRENT.kill()
+        _CURRENT.close()
 
 
 def _write(descriptor: int, data: bytes) -> None:
@@ -175,6 +222,8 @@ def _describe(error: BaseException) -> dict[str, Any]:
 
 def _serve(requests: int, replies: int) -> None:
     """Answer calls until the parent closes the pipe, which it also does by dying."""
+    with contextlib.suppress(OSError):  # if memory runs out, the kernel should take this process and not who asked
+        Path("/proc/self/oom_score_adj").write_text("1000")
     with os.fdopen(requests, "rb") as lines:
         for line in lines:
             name, arguments = json.loads(line)

@@ -64,6 +64,18 @@ def resolve(given: Mapping[str, Any] | None, candidates: Sequence[Candidate]) ->
     return options
 
 
+def take(cls: type, given: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """Return an instance of ``cls`` made of the options that it knows, and the others.
+
+    Raises:
+        OptionError: A value has the wrong type or is out of range.
+    """
+    names = {known.name for known in fields(cls)}
+    pending = dict(given or {})
+    taken = {name: _checked(name, pending.pop(name), cls, name) for name in names & set(pending)}
+    return cls(**taken), pending
+
+
 def _checked(key: str, value: Any, cls: type, name: str) -> Any:
     """Check a value against its field's annotation, as far as that names plain classes."""
     hint = get_type_hints(cls)[name]

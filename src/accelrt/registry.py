@@ -13,12 +13,12 @@ from importlib.metadata import EntryPoint, entry_points
 
 from accelrt.backend import API_VERSION, Backend, Device, Engine, Status
 from accelrt.errors import AccelrtWarning, BackendUnavailable, RegistryError, TargetError
-from accelrt.target import Target, is_name
+from accelrt.target import AUTO, Target, is_name
 
 GROUP = "accelrt.backends"
 BUNDLED = "accelrt"
 CPU = "cpu"
-_RESERVED = frozenset({"auto"})
+_RESERVED = frozenset({AUTO})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,11 @@ class Registry:
             if self._registered.pop(name, None):
                 self._backends.pop(name, None)
 
+    def registered(self) -> dict[str, type[Backend]]:
+        """Return the classes added by `register`, by name."""
+        with self._lock:
+            return dict(sorted(self._registered.items()))
+
     def names(self) -> tuple[str, ...]:
         """Return the names of all backends that were found or registered, loaded or not."""
         with self._lock:
@@ -139,8 +144,8 @@ class Registry:
         """
         if target.backend in _RESERVED:
             raise TargetError(
-                f"The target {target.backend!r} is reserved and not available in this version.",
-                hint=f"Name a backend: {', '.join(self.names())}.",
+                f"The target {target.backend!r} stands for a choice between backends, and has no engines of its own.",
+                hint=f"Leave engine and devices out, or name a backend: {', '.join(self.names())}.",
             )
         backend = self.backend(target.backend)
         first = Candidate(backend, self._choose(backend, target))

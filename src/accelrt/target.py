@@ -11,6 +11,8 @@ from accelrt.errors import TargetError
 
 VARIABLE = "ACCELRT_BACKEND"
 DEFAULT = "cpu"
+AUTO = "auto"
+"""The target that stands for a choice between all others."""
 
 _NAME = r"[a-z][a-z0-9_-]*"
 _TARGET = re.compile(rf"(?P<backend>{_NAME})(?:/(?P<engine>{_NAME}))?(?::(?P<devices>.+))?", re.ASCII)

@@ -88,19 +88,28 @@ class Verifier:
         graph: The model as it was before anything was done to its precision.
         request: What to verify, and how.
         cache: Whether the reference may come from the compile cache.
+        known: What the reference gives for each call of the request, if that has been computed already.
 
     Raises:
         InputError: Inputs that do not fit the signature, or none at all; labels that fit no output.
         OptionError: A tolerance for an output that is not there.
     """
 
-    def __init__(self, graph: Graph, request: Verification, *, cache: bool = True) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        request: Verification,
+        *,
+        cache: bool = True,
+        known: Sequence[Mapping[str, Value]] | None = None,
+    ) -> None:
         self._graph, self._request, self._cache = graph, request, cache
         signature = graph.signature
         tolerance_of(request.tolerance, signature, 0.0)
         self._calls = _calls(signature, request)
-        self._labels = _labels(signature, request.labels)
+        self.labels = _labels(signature, request.labels)
         self._random = request.inputs is None
+        self._known = None if known is None else (self._calls, list(known))
 
     def check(self) -> Check:
         """Return the check that a build runs before its artifact is seen; it raises `VerificationError`."""
@@ -112,7 +121,17 @@ class Verifier:
                 raise failure(report, localised=self._request.localise)
             return report.to_json()
 
-        return Check(self._key(), run)
+        return Check(self.key(), run)
+
+    def reference(self) -> tuple[list[Mapping[str, Value]], list[Mapping[str, Value]]]:
+        """Return the calls that are compared, and what the reference gives for each; computed once.
+
+        Raises:
+            ExecutionError, InputError: The reference cannot compute them.
+        """
+        if self._known is None:
+            self._known = self._reference(self._graph, self._calls)
+        return self._known
 
     def verify(self, artifact: Artifact) -> VerificationReport:
         """Compare an artifact's outputs with the reference's.
@@ -127,10 +146,10 @@ class Verifier:
             default=DEFAULT_RELATIVE_L2["fp32"],
         )
         tolerances = tolerance_of(request.tolerance, signature, coarsest)
-        calls, wanted = self._reference(self._graph, self._calls)
+        calls, wanted = self.reference()
         with open_session(artifact, fallback="error") as session:
             found = [session.predict(call) for call in calls]
-        outputs = compare(found, wanted, tolerances, self._labels)
+        outputs = compare(found, wanted, tolerances, self.labels)
         report = VerificationReport(
             "float64 on cpu/reference" if request.reference == "float64" else "fp32 on cpu/onnxruntime",
             f"random, seed {request.seed}" if self._random else "given",
@@ -189,16 +208,11 @@ class Verifier:
         )
         return build(graph, request, fallback="allow", cache=self._cache)
 
-    def _key(self) -> str:
+    def key(self) -> str:
+        """Return a name for what is verified and how: equal ones have equal verdicts on equal artifacts."""
         request = self._request
         digest = hashlib.sha256()
-        for call in self._calls:
-            for name, value in sorted(call.items()):
-                digest.update(name.encode())
-                _digest(value, digest)
-        for name, labels in sorted((self._labels or {}).items()):
-            digest.update(name.encode())
-            _digest(labels, digest)
+        digest.update(digest_of([*self._calls, self.labels or {}]).encode())
         tolerance = request.tolerance
         bounds = repr(sorted(tolerance.items()) if isinstance(tolerance, Mapping) else tolerance)
         facts = [request.reference, request.localise, request.seed, self._random, bounds, self._graph.digest]
@@ -354,6 +368,16 @@ def _labels(signature: Signature, given: Any) -> Mapping[str, np.ndarray[Any, An
                 f"The labels of {name!r} must be a vector of whole numbers, not {labels.dtype}{list(labels.shape)}."
             )
     return named
+
+
+def digest_of(calls: Sequence[Mapping[str, Value]]) -> str:
+    """Return the SHA-256 of calls: their names, types, shapes and contents."""
+    digest = hashlib.sha256()
+    for call in calls:
+        for name, value in sorted(call.items()):
+            digest.update(name.encode())
+            _digest(value, digest)
+    return digest.hexdigest()
 
 
 def _digest(value: Value, digest: Any) -> None:

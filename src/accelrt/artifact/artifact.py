@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelrt.artifact.cache import Cache, Entry
-from accelrt.artifact.manifest import PLACEMENT, SOURCE, VERIFICATION, Manifest
+from accelrt.artifact.manifest import CANDIDATES, PLACEMENT, SOURCE, VERIFICATION, Manifest
 from accelrt.artifact.store import PackedArtifact, pack, without_source
 from accelrt.errors import AccelrtError, ArtifactError, CorruptArtifact
 from accelrt.graph.types import Signature
@@ -19,6 +19,7 @@ from accelrt.graph.types import Signature
 if TYPE_CHECKING:
     import os
 
+    from accelrt.artifact.candidates import CandidateTable
     from accelrt.graph.model import Graph
     from accelrt.partition.report import Placement
     from accelrt.precision.report import VerificationReport
@@ -77,11 +78,26 @@ class Artifact:
         except (AccelrtError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptArtifact(f"The verification of the artifact is malformed: {error}.") from error
 
+    @cached_property
+    def candidates(self) -> CandidateTable | None:
+        """What ``auto`` tried, measured and chose; None if the target was named.
+
+        Raises:
+            CorruptArtifact: The record of it is malformed.
+        """
+        if CANDIDATES not in self.manifest.files:
+            return None
+        from accelrt.artifact.candidates import CandidateTable
+
+        try:
+            return CandidateTable.from_json(json.loads((self.folder / CANDIDATES).read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CorruptArtifact(f"The candidates table of the artifact is malformed: {error}.") from error
+
     def explain(self) -> str:
-        """Return as text every segment, its engine, sizes, the reason for every refusal, and the verification."""
-        if (report := self.verification) is None:
-            return self.placement.text()
-        return f"{self.placement.text()}\n{report.text()}"
+        """Return as text every segment with its engine, every refusal with its reason, verification and candidates."""
+        parts = [self.placement, self.verification, self.candidates]
+        return "\n".join(part.text() for part in parts if part is not None)
 
     def source_graph(self) -> Graph:
         """Return the graph that was compiled.

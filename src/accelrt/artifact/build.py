@@ -166,6 +166,16 @@ def apply_policy(placement: Placement, fallback: Fallback) -> None:
     announce(fallback, message + " explain() lists all.")
 
 
+def build_into(folder: Path, graph: Graph, request: BuildRequest, progress: Progress | None = None) -> Artifact:
+    """Compile a graph into an empty folder, which whoever asked keeps or removes; the cache is left alone.
+
+    Raises:
+        CompileError: A node that no candidate can compile.
+    """
+    manifest, _ = _compile_into(folder, graph, request, progress, None)
+    return Artifact(Entry(folder, manifest, unfinished=True))
+
+
 def _compile_into(
     folder: Path, graph: Graph, request: BuildRequest, progress: Progress | None, check: Check | None
 ) -> tuple[Manifest, str]:

@@ -16,6 +16,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 PLACEMENT = "placement.json"
 VERIFICATION = "verification.json"
+CANDIDATES = "candidates.json"
 SOURCE = "source.onnx"
 MAX_BYTES = 64 << 20
 MAX_FILES = 10_000

@@ -33,6 +33,8 @@ from accelrt.target import Target, parse
 
 logger = logging.getLogger("accelrt")
 
+_MAX_WORKERS = 1024
+
 
 def open_session(artifact: Artifact, *, devices: tuple[int, ...] | None = None, fallback: Fallback = "warn") -> Session:
     """Load an artifact.
@@ -140,9 +142,18 @@ class _Loader:
                         executable.close()
             raise
         self._mark_spent(steps)
-        workers = max((find_engine(REGISTRY.backend(s.backend), s.engine).caps.parallelism
-                       for s in self.artifact.manifest.segments), default=1)  # fmt: skip
-        return Session(self.artifact.signature, steps, fallback=self.fallback, workers=workers, keep=self.artifact)
+        return Session(
+            self.artifact.signature, steps, fallback=self.fallback, workers=self._workers(), keep=self.artifact
+        )
+
+    def _workers(self) -> int:
+        """Return how many calls are in flight at a time: what ``auto`` chose, else what keeps every engine busy."""
+        segments = self.artifact.manifest.segments
+        if (chosen := self.artifact.manifest.options.get("workers")) is not None:
+            if type(chosen) is not int or not 1 <= chosen <= _MAX_WORKERS:
+                raise CorruptArtifact(f"The artifact asks for {chosen!r} calls at a time; 1 to {_MAX_WORKERS} can be.")
+            return chosen
+        return max((find_engine(REGISTRY.backend(s.backend), s.engine).caps.parallelism for s in segments), default=1)
 
     def _step(self, index: int, segment: SegmentRecord) -> Step:
         engine = find_engine(REGISTRY.backend(segment.backend), segment.engine)

@@ -1,0 +1,1 @@
+"""What ``auto`` means: candidates, trials in child processes, measurement and choice."""
