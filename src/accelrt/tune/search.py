@@ -18,7 +18,7 @@ from accelrt.tune.goal import Goal
 WORTH_VARYING = 1.5
 """A set-up this many times as costly as the best is not tried with other options: they rarely bring more."""
 
-FINAL = 1.15
+FINAL = 1.25
 """How far from the best, in the first short measurement, a set-up may be to take part in the final."""
 
 FINALISTS = 4
