@@ -11,7 +11,9 @@ from accelrt.artifact.artifact import Artifact, is_artifact, open_artifact
 from accelrt.errors import OptionError
 from accelrt.policy import check as check_policy
 from accelrt.registry import REGISTRY
+from accelrt.sources.request import SourceRequest
 from accelrt.target import AUTO, parse_devices, requested
+from accelrt.tune.wishes import Wishes
 
 if TYPE_CHECKING:
     from accelrt.artifact.build import Progress
@@ -97,10 +99,7 @@ def compile(
         CalibrationError: A calibration set that is empty, does not fit, or holds NaN.
         InputError: Inputs for ``verify`` or of ``example_inputs`` that do not fit.
     """
-    from accelrt.artifact.build import BuildRequest, build
     from accelrt.precision.plan import plan, precision_named
-    from accelrt.runtime.inputs import check_examples
-    from accelrt.sources import SourceRequest, open_source
 
     policy = check_policy(fallback)
     target = requested(backend)
@@ -114,10 +113,12 @@ def compile(
     }
     wishes = {name: value for name, value in wishes.items() if value is not None}
     if str(target) == AUTO:
-        from accelrt.tune.request import Wishes, auto
-
-        chosen = Wishes(asked, policy, calibration, verify, cache, progress, **wishes)  # type: ignore[arg-type]
-        return auto(model, SourceRequest(example_inputs, input_names, output_names), options, chosen)
+        return _auto(
+            model,
+            SourceRequest(example_inputs, input_names, output_names),
+            options,
+            Wishes(asked, policy, calibration, verify, cache, progress, **wishes),  # type: ignore[arg-type]
+        )
     if wishes:
         raise OptionError(
             f"{next(iter(wishes)).removesuffix('_s')!r} belongs to the target {AUTO!r}, and the target is {target}.",
@@ -125,6 +126,10 @@ def compile(
         )
     if calibration is not None and asked != "int8":
         raise OptionError("A calibration is given, but precision='int8' is not.", hint="Pass both, or neither.")
+    from accelrt.artifact.build import BuildRequest, build
+    from accelrt.runtime.inputs import check_examples
+    from accelrt.sources import open_source
+
     candidates, precisions = plan(REGISTRY.candidates(target), asked)
     resolved = option_module.resolve(options, candidates)
     if progress is not None:
@@ -145,6 +150,19 @@ def compile(
         graph = quantised(graph, calibration, progress)
     request = BuildRequest(str(target), candidates, resolved, source.format, asked, precisions)
     return build(graph, request, fallback=policy, cache=cache, progress=progress, check=check)
+
+
+def _auto(model: Any, request: SourceRequest, options: Mapping[str, Any] | None, wishes: Wishes) -> Artifact:
+    """Find what ``auto`` chose earlier, by the model's file alone if that can be, else choose."""
+    from accelrt.tune.shortcut import find, shortcut_key
+
+    key = shortcut_key(model, request, options, wishes)
+    if key is not None and (found := find(key, wishes)) is not None:
+        return found
+    # Brings in what reads and converts models, which the short way can do without.
+    from accelrt.tune.request import auto
+
+    return auto(model, request, options, wishes, key)
 
 
 def load(

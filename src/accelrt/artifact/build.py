@@ -19,7 +19,7 @@ from accelrt.artifact.cache import Cache, Entry
 from accelrt.artifact.manifest import SCHEMA, SOURCE, VERIFICATION, Manifest, SegmentRecord
 from accelrt.artifact.store import describe_file, describe_files, finish, merge_program, write_placement
 from accelrt.backend import CompileJob, Precision, Program
-from accelrt.errors import ArtifactError, CompileError, UnsupportedNodes
+from accelrt.errors import ArtifactError, CompileError
 from accelrt.graph.model import Graph
 from accelrt.graph.node import WEIGHTS_FILE
 from accelrt.graph.weights import WeightFile
@@ -27,8 +27,8 @@ from accelrt.options import Options
 from accelrt.partition.assign import assign
 from accelrt.partition.cost import Partition, partition
 from accelrt.partition.cut import Piece
-from accelrt.partition.report import Placement, place
-from accelrt.policy import Fallback, announce
+from accelrt.partition.report import apply_policy, place
+from accelrt.policy import Fallback
 from accelrt.registry import Candidate
 
 logger = logging.getLogger("accelrt")
@@ -145,25 +145,6 @@ def _build_apart(graph: Graph, request: BuildRequest, progress: Progress | None,
         if entry is None:
             shutil.rmtree(folder, ignore_errors=True)
     return Artifact(entry)
-
-
-def apply_policy(placement: Placement, fallback: Fallback) -> None:
-    """Tell, allow or refuse that nodes do not run on the requested engine.
-
-    Raises:
-        UnsupportedNodes: ``fallback`` is ``error`` and there are such nodes.
-    """
-    if not placement.fallen_back:
-        return
-    refusal = next((r for r in placement.refusals if r.engine == placement.primary), None)
-    example = f"{refusal.node} ({refusal.kind}): {refusal.reason}" if refusal else "none recorded"
-    elsewhere = ", ".join(f"{count} on {where}" for where, count in placement.nodes_elsewhere.items())
-    total = sum(placement.nodes_by_engine.values())
-    wanted = placement.primary if placement.precision is None else f"{placement.primary} in {placement.precision}"
-    message = f"{placement.fallen_back} of {total} nodes do not run on {wanted}: {elsewhere}. First: {example}."
-    if fallback == "error":
-        raise UnsupportedNodes(message, hint="Pass fallback='warn' to let them run there; explain() lists all.")
-    announce(fallback, message + " explain() lists all.")
 
 
 def build_into(folder: Path, graph: Graph, request: BuildRequest, progress: Progress | None = None) -> Artifact:

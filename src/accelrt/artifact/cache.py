@@ -129,6 +129,13 @@ class Cache:
             return None
         return self.find(identity.decode("ascii", "replace"))
 
+    def remember(self, key: str, identity: str) -> None:
+        """Let another key lead to an artifact that is there already."""
+        try:
+            _write_atomically(self.folder / "compiled" / key, identity.encode())
+        except OSError as error:  # it will be found by its first key alone
+            logger.warning("The cache at %s is not in order: %s", self.folder, error)
+
     def work_folder(self) -> Path:
         """Return a new empty folder on the cache's file system."""
         work = self.folder / "work"

@@ -22,7 +22,7 @@ from accelrt.cli.common import (
     where_it_runs,
     working,
 )
-from accelrt.cli.values import read_arrays
+from accelrt.cli.values import read_arrays, read_file
 
 if TYPE_CHECKING:
     from accelrt.artifact.artifact import Artifact
@@ -37,11 +37,20 @@ class Fallback(StrEnum):
 
 
 class PrecisionName(StrEnum):
-    """The precisions that need no calibration, spelt out likewise."""
+    """The precisions, spelt out likewise."""
 
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+    int8 = "int8"
+
+
+class ObjectiveName(StrEnum):
+    """What ``auto`` makes best, spelt out likewise."""
+
+    latency = "latency"
+    throughput = "throughput"
+    memory = "memory"
 
 
 @guarded
@@ -73,6 +82,24 @@ def compile_(
     verify: Annotated[
         bool, typer.Option("--verify", help="Hold the numbers against the reference; `accelrt verify` says more.")
     ] = False,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option("--calibrate", help="A typical call (.npz, .json; .npy for a single input), for int8; repeatable."),
+    ] = None,
+    objective: Annotated[
+        ObjectiveName | None, typer.Option("--objective", help="With -b auto: what is to be best; else latency.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", min=0.0, help="With -b auto: relative L2 error that outputs may have; else 1e-3."),
+    ] = None,
+    latency_budget: Annotated[
+        float | None,
+        typer.Option("--latency-budget-ms", help="With -b auto: most milliseconds of a call at the percentile."),
+    ] = None,
+    percentile: Annotated[
+        float | None, typer.Option("--percentile", help="With -b auto: the percentile of latency; else 99.")
+    ] = None,
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Use the compile cache.")] = True,
     sources: Annotated[
         bool, typer.Option("--sources/--no-sources", help="Keep the source graph, so that it can be compiled again.")
@@ -105,7 +132,12 @@ def compile_(
             output_names=output_name or None,
             options=options,
             precision=None if precision is None else precision.value,
-            verify=verify,
+            calibration=[_call(path) for path in calibrate] if calibrate else None,
+            verify=verify or None,
+            objective=None if objective is None else objective.value,
+            tolerance=tolerance,
+            latency_budget=None if latency_budget is None else latency_budget / 1e3,
+            percentile=percentile,
             cache=cache,
             progress=progress,
         )
@@ -115,6 +147,12 @@ def compile_(
         print_json(_to_json(artifact, output, sources, seconds))
     else:
         _show(artifact, output, seconds)
+
+
+def _call(path: Path) -> Any:
+    """Return the inputs of one call: by name, or the only one."""
+    content = read_file(path)
+    return content if isinstance(content, dict) else (content,)
 
 
 def _check_output(model: Path, output: Path) -> None:
@@ -143,6 +181,7 @@ def _to_json(artifact: Artifact, output: Path, sources: bool, seconds: float) ->
         "segments": len(placement.segments),
         "nodes_by_engine": placement.nodes_by_engine,
         "fallen_back": placement.fallen_back,
+        "candidates": None if artifact.candidates is None else artifact.candidates.to_json(),
         "signature": artifact.signature.to_json(),
     }
 
@@ -158,5 +197,7 @@ def _show(artifact: Artifact, output: Path, seconds: float) -> None:
     console.print(str(artifact.signature), soft_wrap=True)
     plural = "" if count == 1 else "s"
     console.print(Text.assemble("nodes: ", where_it_runs(artifact), f"; {count} segment{plural}"), soft_wrap=True)
+    if artifact.candidates is not None:
+        console.print(artifact.candidates.render())
     if artifact.placement.fallen_back:
         console.print(f"`accelrt explain {output}` says why.", soft_wrap=True)

@@ -41,6 +41,8 @@ def explain(
         document = {"signature": artifact.signature.to_json(), **artifact.placement.to_json()}
         if artifact.verification is not None:
             document["verification"] = artifact.verification.to_json()
+        if artifact.candidates is not None:
+            document["candidates"] = artifact.candidates.to_json()
         print_json(document)
         return
     console = out()
@@ -48,3 +50,5 @@ def explain(
     console.print(artifact.placement.render(reasons=sys.maxsize if all_reasons else SHOWN))
     if artifact.verification is not None:
         console.print(artifact.verification.render())
+    if artifact.candidates is not None:
+        console.print(artifact.candidates.render())

@@ -15,7 +15,7 @@ from accelrt.errors import GraphError
 from accelrt.graph.convert import attribute_value, dtype_name, from_type_proto, to_type_proto
 from accelrt.graph.node import Node
 from accelrt.graph.types import Port, Signature, TensorType, ValueType
-from accelrt.graph.weights import WeightFile, is_external, point_at, tensor_bytes
+from accelrt.graph.weights import WeightFile, is_external, lies_outside, point_at, tensor_bytes
 
 
 class Graph:
@@ -102,6 +102,11 @@ class Graph:
         for name in sorted(self.weights):
             total.update(name.encode() + self._weight_digest(name))
         return total.hexdigest()
+
+    @property
+    def has_weights_outside(self) -> bool:
+        """Whether weights lie in files beside the one that holds the structure."""
+        return any(lies_outside(tensor) for tensor in self.weights.values())
 
     def _weight_digest(self, name: str) -> bytes:
         if (digest := self._digests.get(name)) is None:

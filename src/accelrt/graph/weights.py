@@ -52,6 +52,11 @@ def tensor_bytes(tensor: ir.TensorProtocol) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
+def lies_outside(tensor: ir.TensorProtocol) -> bool:
+    """Whether a tensor's data is in a file of its own."""
+    return isinstance(tensor, ir.ExternalTensor)
+
+
 class WeightFile:
     """An append-only file of weights in which equal bytes are stored once.
 

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from accelrt.errors import UnsupportedNodes
 from accelrt.graph.types import static_bytes
 from accelrt.nature import mark_of
+from accelrt.policy import Fallback, announce
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -195,6 +197,25 @@ class Placement:
         Console(file=stream, width=width, color_system=None).print(self.render())
         # rich pads titles to the width of the console.
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).rstrip()
+
+
+def apply_policy(placement: Placement, fallback: Fallback) -> None:
+    """Tell, allow or refuse that nodes do not run on the requested engine.
+
+    Raises:
+        UnsupportedNodes: ``fallback`` is ``error`` and there are such nodes.
+    """
+    if not placement.fallen_back:
+        return
+    refusal = next((r for r in placement.refusals if r.engine == placement.primary), None)
+    example = f"{refusal.node} ({refusal.kind}): {refusal.reason}" if refusal else "none recorded"
+    elsewhere = ", ".join(f"{count} on {where}" for where, count in placement.nodes_elsewhere.items())
+    total = sum(placement.nodes_by_engine.values())
+    wanted = placement.primary if placement.precision is None else f"{placement.primary} in {placement.precision}"
+    message = f"{placement.fallen_back} of {total} nodes do not run on {wanted}: {elsewhere}. First: {example}."
+    if fallback == "error":
+        raise UnsupportedNodes(message, hint="Pass fallback='warn' to let them run there; explain() lists all.")
+    announce(fallback, message + " explain() lists all.")
 
 
 def _segment(data: Mapping[str, Any]) -> SegmentPlace:

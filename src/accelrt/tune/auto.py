@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from accelrt.artifact.artifact import Artifact
-from accelrt.artifact.build import apply_policy
 from accelrt.artifact.cache import Cache, Entry
 from accelrt.artifact.candidates import CandidateRow, CandidateTable, Setup
 from accelrt.artifact.manifest import CANDIDATES, MANIFEST, SCHEMA, VERIFICATION, Manifest
@@ -27,12 +26,13 @@ from accelrt.errors import ArtifactError, SourceError
 from accelrt.graph.node import WEIGHTS_FILE
 from accelrt.graph.types import Signature, TensorType, Value
 from accelrt.graph.weights import WeightFile
+from accelrt.partition.report import apply_policy
 from accelrt.policy import Fallback
 from accelrt.precision.compare import DEFAULT_RELATIVE_L2, Tolerance, tolerance_of
 from accelrt.registry import REGISTRY, Candidate
 from accelrt.target import parse
 from accelrt.tune.goal import Goal
-from accelrt.tune.machine import fingerprint, machine, registered_classes
+from accelrt.tune.machine import fingerprint, hidden_backends, machine, registered_classes
 from accelrt.tune.search import Contender, Recorded, search
 from accelrt.tune.space import Space, engine_options
 from accelrt.tune.values import write_values
@@ -307,23 +307,13 @@ def _repeat(call: Mapping[str, Value], times: int) -> dict[str, Value]:
 
 def _importable(contenders: Sequence[Contender]) -> list[Contender]:
     """Exclude backends that were registered here by classes that a child process could not import."""
-    hidden = {
-        name
-        for name, cls in REGISTRY.registered().items()
-        if cls.__module__ == "__main__" or "<" in cls.__qualname__ or not _found_again(cls)
-    }
+    hidden = hidden_backends()
     return [
         replace(c, variants=(), excluded="its class was registered in this process, and no child process can import it")
         if c.excluded is None and parse(c.base.target).backend in hidden
         else c
         for c in contenders
     ]
-
-
-def _found_again(cls: type) -> bool:
-    import sys
-
-    return getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is cls
 
 
 def every_engine() -> list[Candidate]:

@@ -47,7 +47,7 @@ class Goal:
     @property
     def samples(self) -> int:
         """Calls that the percentile needs."""
-        return max(_LEAST_SAMPLES, math.ceil(_SAMPLES_BEYOND / (1 - self.percentile / 100)))
+        return max(_LEAST_SAMPLES, math.ceil(round(_SAMPLES_BEYOND * 100 / (100 - self.percentile), 6)))
 
     def cost(self, measured: Measurement) -> float:
         """Return what is to be least."""

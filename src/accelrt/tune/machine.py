@@ -40,8 +40,21 @@ _THREAD_VARIABLES = frozenset({"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_N
 
 
 def registered_classes() -> list[str]:
-    """Return the backends that this process registered, as a child process can import them: ``module:class``."""
-    return [f"{cls.__module__}:{cls.__qualname__}" for cls in REGISTRY.registered().values()]
+    """Return the backends that this process registered and a child process can import, as ``module:class``."""
+    return [
+        f"{cls.__module__}:{cls.__qualname__}"
+        for name, cls in REGISTRY.registered().items()
+        if name not in hidden_backends()
+    ]
+
+
+def hidden_backends() -> set[str]:
+    """Return the names of backends that this process registered by classes no child process could import."""
+    return {
+        name
+        for name, cls in REGISTRY.registered().items()
+        if cls.__module__ == "__main__" or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls
+    }
 
 
 def _devices() -> list[Device]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelrt import options as option_module
 from accelrt.artifact.artifact import Artifact
-from accelrt.artifact.candidates import CandidateTable, Objective
+from accelrt.artifact.cache import Cache
+from accelrt.artifact.candidates import CandidateTable
+from accelrt.artifact.store import identity_of
 from accelrt.errors import InputError, OptionError
-from accelrt.precision.calibrate import Calibration, is_quantised, quantise
+from accelrt.precision.calibrate import is_quantised, quantise
 from accelrt.runtime.inputs import Binder
 from accelrt.sources import open_source
 from accelrt.tune.auto import AutoRequest, choose, every_engine
@@ -21,33 +23,24 @@ from accelrt.tune.workbench import TuneOptions
 from accelrt.verification import Verification, as_verification, digest_of
 
 if TYPE_CHECKING:
-    from accelrt.artifact.build import Progress
-    from accelrt.backend import Precision
     from accelrt.graph.types import Value
-    from accelrt.policy import Fallback
-    from accelrt.precision.compare import Tolerances
     from accelrt.sources import Source, SourceRequest
+    from accelrt.tune.wishes import Wishes
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """The arguments of `accelrt.compile` that speak of the choice; they are explained there."""
-
-    precision: Precision | None
-    fallback: Fallback
-    calibration: Calibration | Iterable[Any] | None
-    verify: Any
-    cache: bool
-    progress: Progress | None
-    objective: Objective = "latency"
-    latency_budget_s: float | None = None
-    percentile: float = 99.0
-    tolerance: Tolerances | None = None
-    profile: CandidateTable | Artifact | None = None
+def auto(
+    model: Any, request: SourceRequest, options: Mapping[str, Any] | None, wishes: Wishes, shortcut: str | None
+) -> Artifact:
+    """Choose the best way to run a model, or find what was chosen; what is raised is said at `accelrt.compile`."""
+    source, artifact = _auto(model, request, options, wishes)
+    if shortcut is not None and not (source.format == "onnx" and source.graph.has_weights_outside):
+        Cache().remember(shortcut, identity_of(artifact.manifest.dump()))
+    return artifact
 
 
-def auto(model: Any, request: SourceRequest, options: Mapping[str, Any] | None, wishes: Wishes) -> Artifact:
-    """Choose the best way to run a model; what is raised is said at `accelrt.compile`."""
+def _auto(
+    model: Any, request: SourceRequest, options: Mapping[str, Any] | None, wishes: Wishes
+) -> tuple[Source, Artifact]:
     goal = Goal(wishes.objective, wishes.latency_budget_s, wishes.percentile)
     profile = _profile(wishes.profile)
     limits, given = option_module.take(TuneOptions, options)
@@ -66,7 +59,7 @@ def auto(model: Any, request: SourceRequest, options: Mapping[str, Any] | None, 
         calls, how = calibration_calls(graph, wishes.calibration)
         calibrate = partial(quantise, graph, calls, how, wishes.progress)
         calibration = f"{replace(how, inputs=())!r} {digest_of(calls)}"
-    return choose(
+    artifact = choose(
         graph,
         AutoRequest(
             goal,
@@ -85,6 +78,7 @@ def auto(model: Any, request: SourceRequest, options: Mapping[str, Any] | None, 
         cache=wishes.cache,
         progress=wishes.progress,
     )
+    return source, artifact
 
 
 def _profile(given: CandidateTable | Artifact | None) -> CandidateTable | None:

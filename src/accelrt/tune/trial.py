@@ -59,8 +59,9 @@ def compile_candidate(
         AccelrtError: It fails at load or run.
     """
     from accelrt import options as option_module
-    from accelrt.artifact.build import BuildRequest, apply_policy, build_into
+    from accelrt.artifact.build import BuildRequest, build_into
     from accelrt.graph.load import load_graph
+    from accelrt.partition.report import apply_policy
     from accelrt.policy import check
     from accelrt.precision.plan import plan
     from accelrt.verification import Verification, Verifier
