@@ -785,3 +785,30 @@ def test_compile_verifies_and_explain_shows_it(wrong: str, tmp_path: Path) -> No
     invoke("compile", DIGITS, "-o", out, "--verify")
     assert "Verified against" in invoke("explain", out).stdout
     assert document("explain", out)["verification"]["passed"] is True
+
+
+def test_compile_calibrates_for_int8(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((8, 1, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "images.npy", images)
+    np.savez(tmp_path / "more.npz", image=images)
+    out = tmp_path / "m.accel"
+    calibrate = ["--calibrate", tmp_path / "images.npy", "--calibrate", tmp_path / "more.npz"]
+    document("compile", DIGITS, "-o", out, "-p", "int8", *calibrate)
+    assert document("explain", out)["segments"][0]["precision"] == "int8"
+    assert "calibrate" in document("compile", DIGITS, "-o", out, "-p", "int8", code=3)["error"]["message"]
+    assert document("compile", DIGITS, "-o", out, *calibrate, code=3)["error"]["type"] == "OptionError"
+
+
+def test_compile_chooses(tmp_path: Path) -> None:
+    out = tmp_path / "m.accel"
+    auto = ["-b", "auto", "--objective", "throughput", "--precision", "fp32", "--option", "trial_seconds=1"]
+    found = document("compile", DIGITS, "-o", out, *auto)
+    (chosen,) = [row for row in found["candidates"]["rows"] if row["status"] == "chosen"]
+    assert chosen["setup"]["target"] == found["target"]
+    assert document("explain", out)["candidates"] == found["candidates"]
+    text = invoke("compile", DIGITS, "-o", out, *auto).stdout
+    assert "CHOSEN: most rows a second" in text
+    late = document("compile", DIGITS, "-o", out, *auto, "--latency-budget-ms", "0.000001", code=3)
+    assert late["error"]["type"] == "NoCandidate"
+    surplus = document("compile", DIGITS, "-o", out, "--tolerance", "0.01", code=3)
+    assert "belongs to the target 'auto'" in surplus["error"]["message"]

@@ -84,7 +84,7 @@ def compile_(
     ] = False,
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option("--calibrate", help="A typical call (.npz, .json; .npy for a single input), for int8; repeatable."),
+        typer.Option("--calibrate", help="A typical call, for int8: .npz, .json, or .npy; repeatable."),
     ] = None,
     objective: Annotated[
         ObjectiveName | None, typer.Option("--objective", help="With -b auto: what is to be best; else latency.")
