@@ -36,6 +36,7 @@ def compile(
     precision: Precision | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
     verify: Verify = None,
+    tune: bool = False,
     cache: bool = True,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -61,6 +62,10 @@ def compile(
         verify: Hold the outputs against those of float32 on onnxruntime before the artifact is returned: True draws
             inputs, a mapping is one call, an iterable several, a `Verification` says more. The figures are in the
             artifact's ``verification``.
+        tune: Measure the cut on the devices at hand, return segments to the CPU that lose, transfers included, and
+            keep the cut that is fastest as measured, or as fast with fewer segments. Measured with ``example_inputs``
+            that fit the signature, else the first inputs given for ``verify``, else random ones with every symbolic
+            dimension 1. Takes a second to a minute or two; the cache remembers the result for this machine.
         cache: Look the result up in the compile cache, and put it there.
         progress: Called with what is being done, how much of it is done, and how much there is.
 
@@ -75,7 +80,10 @@ def compile(
         CompileError: A node that nothing here can run.
         VerificationError: An output is out of tolerance.
         CalibrationError: A calibration set that is empty, does not fit, or holds NaN.
-        InputError: Inputs for ``verify`` or of ``example_inputs`` that do not fit.
+        InputError: Inputs for ``verify`` or of ``example_inputs`` that do not fit; with ``tune``, random inputs that
+            cannot be drawn, or that the model does not take.
+        CoresUnavailable: ``tune`` finds no device to measure on.
+        ExecutionError: With ``tune``, the model fails on the inputs that were given.
     """
     from accelrt.artifact.build import BuildRequest, build
     from accelrt.precision.plan import plan, precision_named
@@ -95,13 +103,23 @@ def compile(
     if source.format == "onnx" and example_inputs is not None:
         check_examples(source.graph.signature, example_inputs)
     check = None
+    samples = None
     if verify is not None and verify is not False:
         from accelrt.verification import Verifier, as_verification
 
         if (wanted := as_verification(verify)) is not None:
-            check = Verifier(source.graph, wanted, cache=cache).check()
+            verifier = Verifier(source.graph, wanted, cache=cache)
+            check, samples = verifier.check(), verifier.given
     graph = _quantised(source.graph, calibration, progress) if asked == "int8" else source.graph
-    request = BuildRequest(str(target), candidates, resolved, source.format, asked, precisions)
+    refine = None
+    if tune:
+        from accelrt.runtime.inputs import bind_examples
+        from accelrt.tune.cuts import cut_tuner
+
+        if example_inputs is not None and (bound := bind_examples(graph.signature, example_inputs)) is not None:
+            samples = bound
+        refine = cut_tuner(graph.signature, candidates, target, samples)
+    request = BuildRequest(str(target), candidates, resolved, source.format, asked, precisions, refine)
     return build(graph, request, fallback=policy, cache=cache, progress=progress, check=check)
 
 

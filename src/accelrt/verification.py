@@ -102,6 +102,11 @@ class Verifier:
         self._labels = _labels(signature, request.labels)
         self._random = request.inputs is None
 
+    @property
+    def given(self) -> Mapping[str, Value] | None:
+        """The first of the inputs that were given, None if they are drawn."""
+        return None if self._random else self._calls[0]
+
     def check(self) -> Check:
         """Return the check that a build runs before its artifact is seen; it raises `VerificationError`."""
         from accelrt.artifact.build import Check
@@ -195,10 +200,10 @@ class Verifier:
         for call in self._calls:
             for name, value in sorted(call.items()):
                 digest.update(name.encode())
-                _digest(value, digest)
+                digest_value(value, digest)
         for name, labels in sorted((self._labels or {}).items()):
             digest.update(name.encode())
-            _digest(labels, digest)
+            digest_value(labels, digest)
         tolerance = request.tolerance
         bounds = repr(sorted(tolerance.items()) if isinstance(tolerance, Mapping) else tolerance)
         facts = [request.reference, request.localise, request.seed, self._random, bounds, self._graph.digest]
@@ -356,11 +361,12 @@ def _labels(signature: Signature, given: Any) -> Mapping[str, np.ndarray[Any, An
     return named
 
 
-def _digest(value: Value, digest: Any) -> None:
+def digest_value(value: Value, digest: Any) -> None:
+    """Feed a value, with its type and shape, to a hash of `hashlib`."""
     if isinstance(value, list):
         digest.update(b"[")
         for item in value:
-            _digest(item, digest)
+            digest_value(item, digest)
         digest.update(b"]")
     elif value is None:
         digest.update(b"none")

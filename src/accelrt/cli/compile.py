@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,6 +74,9 @@ def compile_(
     verify: Annotated[
         bool, typer.Option("--verify", help="Hold the numbers against the reference; `accelrt verify` says more.")
     ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure the cut here, and return segments that lose to the CPU.")
+    ] = False,
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Use the compile cache.")] = True,
     sources: Annotated[
         bool, typer.Option("--sources/--no-sources", help="Keep the source graph, so that it can be compiled again.")
@@ -106,6 +110,7 @@ def compile_(
             options=options,
             precision=None if precision is None else precision.value,
             verify=verify,
+            tune=tune,
             cache=cache,
             progress=progress,
         )
@@ -143,6 +148,7 @@ def _to_json(artifact: Artifact, output: Path, sources: bool, seconds: float) ->
         "segments": len(placement.segments),
         "nodes_by_engine": placement.nodes_by_engine,
         "fallen_back": placement.fallen_back,
+        "tuning": None if placement.tuning is None else asdict(placement.tuning),
         "signature": artifact.signature.to_json(),
     }
 
@@ -158,5 +164,7 @@ def _show(artifact: Artifact, output: Path, seconds: float) -> None:
     console.print(str(artifact.signature), soft_wrap=True)
     plural = "" if count == 1 else "s"
     console.print(Text.assemble("nodes: ", where_it_runs(artifact), f"; {count} segment{plural}"), soft_wrap=True)
+    if artifact.placement.tuning is not None:
+        console.print(str(artifact.placement.tuning), soft_wrap=True)
     if artifact.placement.fallen_back:
         console.print(f"`accelrt explain {output}` says why.", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Measure what cannot be known beforehand, and choose by it."""
