@@ -1,4 +1,4 @@
-"""What tuning the cut of ResNet-50 gives where the accelerator loses money: a stand-in for convolutions, on a slow link.
+"""What tuning the cut of ResNet-50 gives where the accelerator loses: a stand-in for convolutions, on a slow link.
 
 The stand-in computes with onnxruntime, as the CPU does, and hands every input and output over a link of 1 GB a second,
 so each of its islands loses. Claim: compiled with ``tune=True`` the model takes at most 1.05 times as long as on the
