@@ -244,13 +244,17 @@ def search(
 def _step(
     current: frozenset[int], units: Sequence[Unit], timed: Callable[[frozenset[int]], float]
 ) -> frozenset[int] | None:
-    """Return the first change of one unit that pays, None if none does."""
+    """Return the first change of one unit that pays, None if none does.
+
+    A unit that loses by itself is not returned: among neighbours on the CPU it costs less than alone, not more.
+    """
     to_beat = timed(current) * (1 - WORTH)
 
     def promise(number: int) -> float:
         return -units[number].gain if number in current else units[number].gain
 
-    for number in sorted(range(len(units)), key=lambda number: (-promise(number), number)):
+    open_units = [number for number in range(len(units)) if number not in current or units[number].gain <= 0]
+    for number in sorted(open_units, key=lambda number: (-promise(number), number)):
         if timed(changed := current ^ {number}) < to_beat:
             return changed
     return None
