@@ -65,23 +65,23 @@ def model_of(nodes: list[Any], inputs: Mapping[str, Any], outputs: Mapping[str, 
 
 
 def one_that_pays_and_one_that_does_not() -> Any:
-    """MatMuls that take the CPU long and move little, then a Neg that takes no time and moves 8 MB each way."""
+    """MatMuls that take the CPU long and move little, then a Neg that takes no time and moves 12 MB each way."""
     rng = np.random.default_rng(0)
     weights = [
-        numpy_helper.from_array((rng.standard_normal((512, 512)) / 23).astype(np.float32), f"w{layer}")
+        numpy_helper.from_array((rng.standard_normal((768, 768)) / 28).astype(np.float32), f"w{layer}")
         for layer in range(12)
     ]
     nodes = [
         helper.make_node("MatMul", [f"x{layer}", f"w{layer}"], [f"x{layer + 1}"], f"matmul{layer}")
         for layer in range(12)
     ]
-    weights.append(numpy_helper.from_array(np.array([64, 1], np.int64), "times"))
+    weights.append(numpy_helper.from_array(np.array([32, 1], np.int64), "times"))
     nodes += [
         helper.make_node("Tile", ["x12", "times"], ["wide"], "tile"),
         helper.make_node("Neg", ["wide"], ["minus"], "neg"),
         helper.make_node("ReduceMax", ["minus"], ["y"], "max", keepdims=0),
     ]
-    return model_of(nodes, {"x0": [64, 512]}, {"y": []}, weights)
+    return model_of(nodes, {"x0": [128, 768]}, {"y": []}, weights)
 
 
 # ---------------------------------------------------------------- what is kept
@@ -109,16 +109,18 @@ def test_islands_on_a_slow_link_return_to_the_cpu() -> None:
 def test_an_accelerator_that_costs_nothing_is_kept() -> None:
     """One segment either way and the same kernels: a tie, which goes to what was asked for."""
     fake()
-    artifact = compiled(mlp(batch=64, features=512, hidden=(1024, 1024)))
-    tuning = artifact.placement.tuning
-    assert tuning is not None
-    assert tuning.cpu_seconds is not None
-    if engines(artifact) != ["fake/fake"]:
-        # On a machine whose noise favours one of two equals, the figures must say so.
+    model = mlp(batch=64, features=512, hidden=(1024, 1024))
+    for _ in range(5):  # of two equals, a busy machine may favour one by more than a tie allows
+        artifact = compiled(model, cache=False)
+        tuning = artifact.placement.tuning
+        assert tuning is not None
+        assert tuning.cpu_seconds is not None
+        assert tuning.seconds <= (1 + TOLERATED) * tuning.cpu_seconds
+        if engines(artifact) == ["fake/fake"]:
+            assert artifact.placement.share_of_time_elsewhere == 0.0
+            return
         assert tuning.cpu_seconds < tuning.first_seconds
-        pytest.skip(f"measured {tuning.first_seconds} s against {tuning.cpu_seconds} s for the same work")
-    assert artifact.placement.share_of_time_elsewhere == 0.0
-    assert tuning.seconds <= (1 + TOLERATED) * tuning.cpu_seconds
+    pytest.fail("a tie never went to the engine that was asked for")
 
 
 def test_a_fast_accelerator_is_kept() -> None:
@@ -133,7 +135,7 @@ def test_a_fast_accelerator_is_kept() -> None:
 
 def test_of_two_islands_only_the_one_that_loses_moves() -> None:
     model = one_that_pays_and_one_that_does_not()
-    fake(operators={"MatMul", "Neg"}, recalls=True, bytes_per_s=5e8)
+    fake(operators={"MatMul", "Neg"}, recalls=True, bytes_per_s=1e9)
     artifact = compiled(model)
     where = {node.name: segment.engine for segment in artifact.placement.segments for node in segment.nodes}
     assert where["neg"] == "cpu/onnxruntime"
@@ -145,7 +147,7 @@ def test_of_two_islands_only_the_one_that_loses_moves() -> None:
     assert tuning.cpu_seconds is not None
     assert tuning.seconds < tuning.first_seconds
     assert tuning.seconds < tuning.cpu_seconds
-    check_result(artifact, model, {"x0": np.random.default_rng(0).standard_normal((64, 512), np.float32)})
+    check_result(artifact, model, {"x0": np.random.default_rng(0).standard_normal((128, 768), np.float32)})
 
 
 def test_the_requested_engine_is_the_cpus_own_and_is_measured_only() -> None:
@@ -334,7 +336,7 @@ def test_who_forbids_fallback_is_told_what_was_measured() -> None:
 
 
 def test_explain_shows_times_and_the_share_off_the_accelerator() -> None:
-    fake(operators={"MatMul", "Neg"}, recalls=True, bytes_per_s=5e8)
+    fake(operators={"MatMul", "Neg"}, recalls=True, bytes_per_s=1e9)
     artifact = compiled(one_that_pays_and_one_that_does_not())
     text = artifact.explain()
     assert "time" in text.splitlines()[2]
