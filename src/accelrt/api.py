@@ -82,7 +82,7 @@ def compile(
         CalibrationError: A calibration set that is empty, does not fit, or holds NaN.
         InputError: Inputs for ``verify`` or of ``example_inputs`` that do not fit; with ``tune``, random inputs that
             cannot be drawn, or that the model does not take.
-        CoresUnavailable: ``tune`` finds no device to measure on.
+        DeviceError: ``tune`` finds no device to measure on, or none that can take the model.
         ExecutionError: With ``tune``, the model fails on the inputs that were given.
     """
     from accelrt.artifact.build import BuildRequest, build

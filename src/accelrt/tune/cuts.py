@@ -289,28 +289,27 @@ class _CutTuner:
             if (heir := heir_of(nodes, piece, bench.candidates, bench.precisions, bench.refused)) is not None
         ]
         # Those that take the longest first: if not all can be tried alone, these matter most.
-        here: dict[object, float | None] = {}
+        here: dict[object, float] = {}
         islands: dict[int, Island] = {}
         for number, heir in sorted(able, key=lambda item: (-there[item[0]], item[0])):
             piece = bench.first.pieces[number]
             look = (look_of(nodes, piece), heir)
-            if look not in here:
-                here[look] = None
-                if len(here) <= MAX_ALONE:
-                    bench.progress("measuring segments on the CPU", len(here) - 1, min(len(able), MAX_ALONE))
-                    here[look] = self._time_alone(Piece(heir, piece.nodes), feeds[number])
-            islands[number] = Island(piece, heir, there[number], here[look])
+            if look not in here and len(here) < MAX_ALONE:
+                bench.progress("measuring segments on the CPU", len(here), min(len(able), MAX_ALONE))
+                here[look] = self._time_alone(Piece(heir, piece.nodes), feeds[number])
+            if here.get(look) != math.inf:
+                islands[number] = Island(piece, heir, there[number], here.get(look))
         return [islands[number] for number in sorted(islands)]
 
-    def _time_alone(self, piece: Piece, feeds: Call) -> float | None:
-        """Time an island on the CPU by itself; None if it cannot be had."""
+    def _time_alone(self, piece: Piece, feeds: Call) -> float:
+        """Time an island on the CPU by itself; infinite if it cannot be had."""
         self._compiled += not self._bench.is_compiled(piece)
         try:
             executable = self._residents.load(piece)
             seconds = median(settle(lambda: executable.run(feeds)))
-        except _UNFIT as error:
+        except Exception as error:  # noqa: BLE001 - engines raise what they like at run
             logger.info("An island of %d nodes does not run on the CPU: %s", len(piece.nodes), error)
-            return None
+            return math.inf
         self._residents.keep(self._bench.first.pieces)
         return seconds
 
