@@ -40,7 +40,7 @@ from accelrt.runtime.draw import random_inputs, symbolic_dimensions
 from accelrt.runtime.load import load_program, mark_spent
 from accelrt.runtime.session import Session, Step
 from accelrt.target import Target, parse
-from accelrt.tune.contest import HOPELESS, choose, settle, take_turns
+from accelrt.tune.contest import choose, settle, take_turns
 from accelrt.verification import digest_value
 
 logger = logging.getLogger("accelrt")
@@ -50,6 +50,9 @@ MAX_ALONE = 32
 MAX_COMPILES = 96
 """Segments compiled at most beyond the first cut and the CPU alone, those islands included. A cut that would need more
 is not tried."""
+OUTCLASSED = 10.0
+"""Who took so many times the best does not enter the contest: no noise makes up for that. It is more than `HOPELESS`,
+which ends a measurement early and may do so because of a burst of other work."""
 SEED = 0
 
 _UNFIT = (CompileError, DeviceError, IncompatibleProgram, ExecutionError)
@@ -318,7 +321,7 @@ class _CutTuner:
     def _decide(self, first: Owners, alone: Owners, best: Owners, call: Call) -> tuple[Owners, dict[Owners, _Measured]]:
         """Let those that are any match take turns; return who is kept, and what was measured of each."""
         measured = {owners: self._measured[owners] for owners in (first, alone, best) if owners in self._measured}
-        limit = HOPELESS * measured[best].whole
+        limit = OUTCLASSED * measured[best].whole
         finalists = [owners for owners in measured if measured[owners].whole <= limit]
         pieces = {owners: measured[owners].pieces for owners in finalists}
         if len(finalists) == 1:
