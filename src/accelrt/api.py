@@ -39,6 +39,7 @@ def compile(
     precision: Precision | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
     verify: Verify = None,
+    tune: bool = False,
     objective: Objective | None = None,
     latency_budget: float | None = None,
     percentile: float | None = None,
@@ -74,6 +75,10 @@ def compile(
         verify: Hold the outputs against those of float32 on onnxruntime before the artifact is returned: True draws
             inputs, a mapping is one call, an iterable several, a `Verification` says more. The figures are in the
             artifact's ``verification``.
+        tune: Measure the cut on the devices at hand, return segments to the CPU that lose, transfers included, and
+            keep the cut that is fastest as measured, or as fast with fewer segments. Measured with ``example_inputs``
+            that fit the signature, else the first inputs given for ``verify``, else random ones with every symbolic
+            dimension 1. Not for ``auto``. Takes a second to a minute or two; the cache remembers the result for this machine.
         objective: For ``auto``: ``"latency"`` (least median of a call, the default), ``"throughput"`` (most rows a
             second) or ``"memory"`` (least peak resident memory).
         latency_budget: For ``auto``: most seconds that a call may take at the percentile.
@@ -97,7 +102,10 @@ def compile(
         NoCandidate: ``auto`` found none that is verified and within the budget; its ``rows`` say why.
         VerificationError: An output is out of tolerance.
         CalibrationError: A calibration set that is empty, does not fit, or holds NaN.
-        InputError: Inputs for ``verify`` or of ``example_inputs`` that do not fit.
+        InputError: Inputs for ``verify`` or of ``example_inputs`` that do not fit; with ``tune``, random inputs that
+            cannot be drawn, or that the model does not take.
+        DeviceError: ``tune`` finds no device to measure on, or none that can take the model.
+        ExecutionError: With ``tune``, the model fails on the inputs that were given.
     """
     from accelrt.precision.plan import plan, precision_named
 
@@ -113,6 +121,11 @@ def compile(
     }
     wishes = {name: value for name, value in wishes.items() if value is not None}
     if str(target) == AUTO:
+        if tune:
+            raise OptionError(
+                "tune=True measures the cut of one target, and 'auto' is a choice between all.",
+                hint="Leave tune out; compile for the target that auto chose with tune=True.",
+            )
         return _auto(
             model,
             SourceRequest(example_inputs, input_names, output_names),
@@ -138,17 +151,27 @@ def compile(
     if source.format == "onnx" and example_inputs is not None:
         check_examples(source.graph.signature, example_inputs)
     check = None
+    samples = None
     if verify is not None and verify is not False:
         from accelrt.verification import Verifier, as_verification
 
         if (wanted := as_verification(verify)) is not None:
-            check = Verifier(source.graph, wanted, cache=cache).check()
+            verifier = Verifier(source.graph, wanted, cache=cache)
+            check, samples = verifier.check(), verifier.given
     graph = source.graph
     if asked == "int8":
         from accelrt.tune.calibration import quantised
 
         graph = quantised(graph, calibration, progress)
-    request = BuildRequest(str(target), candidates, resolved, source.format, asked, precisions)
+    refine = None
+    if tune:
+        from accelrt.runtime.inputs import bind_examples
+        from accelrt.tune.cuts import cut_tuner
+
+        if example_inputs is not None and (bound := bind_examples(graph.signature, example_inputs)) is not None:
+            samples = bound
+        refine = cut_tuner(graph.signature, candidates, target, samples)
+    request = BuildRequest(str(target), candidates, resolved, source.format, asked, precisions, refine)
     return build(graph, request, fallback=policy, cache=cache, progress=progress, check=check)
 
 

@@ -111,6 +111,11 @@ class Verifier:
         self._random = request.inputs is None
         self._known = None if known is None else (self._calls, list(known))
 
+    @property
+    def given(self) -> Mapping[str, Value] | None:
+        """The first of the inputs that were given, None if they are drawn."""
+        return None if self._random else self._calls[0]
+
     def check(self) -> Check:
         """Return the check that a build runs before its artifact is seen; it raises `VerificationError`."""
         from accelrt.artifact.build import Check
@@ -376,15 +381,16 @@ def digest_of(calls: Sequence[Mapping[str, Value]]) -> str:
     for call in calls:
         for name, value in sorted(call.items()):
             digest.update(name.encode())
-            _digest(value, digest)
+            digest_value(value, digest)
     return digest.hexdigest()
 
 
-def _digest(value: Value, digest: Any) -> None:
+def digest_value(value: Value, digest: Any) -> None:
+    """Feed a value, with its type and shape, to a hash of `hashlib`."""
     if isinstance(value, list):
         digest.update(b"[")
         for item in value:
-            _digest(item, digest)
+            digest_value(item, digest)
         digest.update(b"]")
     elif value is None:
         digest.update(b"none")

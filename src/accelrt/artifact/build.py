@@ -17,6 +17,7 @@ from typing import Any
 from accelrt.artifact.artifact import Artifact
 from accelrt.artifact.cache import Cache, Entry
 from accelrt.artifact.manifest import SCHEMA, SOURCE, VERIFICATION, Manifest, SegmentRecord
+from accelrt.artifact.refine import Refine, Workbench
 from accelrt.artifact.store import describe_file, describe_files, finish, merge_program, write_placement
 from accelrt.backend import CompileJob, Precision, Program
 from accelrt.errors import ArtifactError, CompileError
@@ -50,9 +51,10 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class BuildRequest:
-    """Everything that decides what a compile gives; two equal requests give equal artifacts.
+    """Everything that decides what a compile gives; two equal requests give equal artifacts, but for what is measured.
 
     ``precision`` is what was asked for, ``precisions`` what each candidate computes in: its default if left out.
+    ``refine`` improves the cut before its artifact is written.
     """
 
     target: str
@@ -61,6 +63,7 @@ class BuildRequest:
     source_format: str
     precision: Precision | None = None
     precisions: tuple[Precision, ...] = ()
+    refine: Refine | None = None
 
     def __post_init__(self) -> None:
         if not self.precisions:
@@ -68,7 +71,7 @@ class BuildRequest:
             object.__setattr__(self, "precisions", defaults)
 
     def key(self, graph: Graph, check: Check | None = None) -> str:
-        """Return the name under which the result is cached: model, toolchains, options, format and check."""
+        """Return the name under which the result is cached: model, toolchains, options, format, check, tuning."""
         facts = {
             "accelrt": version("accelrt"),
             "schema": SCHEMA,
@@ -77,6 +80,7 @@ class BuildRequest:
             "source_format": self.source_format,
             "precision": self.precision,
             "check": None if check is None else check.key,
+            "refine": None if self.refine is None else self.refine.key,
             "partition": asdict(self.options.partition),
             "candidates": [
                 [candidate.name, precision, dict(candidate.engine.fingerprint()), asdict(options)]
@@ -164,8 +168,22 @@ def _compile_into(
     graph.write(folder / SOURCE, weights)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="programs-") as scratch:
         workshop = _Workshop(graph, request, weights, folder, Path(scratch), progress or (lambda *_: None))
-        cut, programs = workshop.compile_all()
-        placement = place(request.target, graph, request.candidates, request.precisions, cut, request.precision)
+        cut = workshop.compile_all()
+        refined = None
+        if request.refine is not None:
+            refined = request.refine.run(workshop.bench(cut))
+            cut = refined.partition
+        programs = [workshop.program(piece) for piece in cut.pieces]
+        placement = place(
+            request.target,
+            graph,
+            request.candidates,
+            request.precisions,
+            cut,
+            request.precision,
+            None if refined is None else refined.seconds,
+            None if refined is None else refined.tuning,
+        )
         segments = tuple(
             _record(request, piece.owner, program, merge_program(index, program, folder, weights))
             for index, (piece, program) in enumerate(zip(cut.pieces, programs, strict=True))
@@ -181,6 +199,7 @@ def _compile_into(
         options={
             "partition": asdict(request.options.partition),
             **({} if request.precision is None else {"precision": request.precision}),
+            **({} if request.refine is None else {"tune": True}),
         },
         source_format=request.source_format,
     )
@@ -217,11 +236,36 @@ class _Workshop:
     scratch: Path
     progress: Progress
     done: dict[Piece, Program] = field(default_factory=dict)
+    refused: dict[tuple[int, int], str] = field(default_factory=dict)
 
-    def compile_all(self) -> tuple[Partition, list[Program]]:
+    def bench(self, cut: Partition) -> Workbench:
+        """Return what a refinement of this cut needs."""
+        request = self.request
+        return Workbench(
+            self.graph,
+            request.target,
+            request.candidates,
+            request.precisions,
+            cut,
+            self.refused,
+            self.program,
+            self.done.__contains__,
+            self.progress,
+        )
+
+    def program(self, piece: Piece) -> Program:
+        """Return a piece's program, compiling it unless that was done before.
+
+        Raises:
+            CompileError: Its engine cannot compile it.
+        """
+        if piece not in self.done:
+            self.done[piece] = self._compile_piece(piece)
+        return self.done[piece]
+
+    def compile_all(self) -> Partition:
         """Cut and compile; where an engine fails on a segment, it refuses those nodes and the graph is cut anew."""
-        graph, request = self.graph, self.request
-        refused: dict[tuple[int, int], str] = {}
+        graph, request, refused = self.graph, self.request, self.refused
         while True:
             self.progress("assigning nodes", 0, len(graph.nodes))
             assignment = assign(graph.nodes, request.candidates, request.precisions, refused)
@@ -235,7 +279,7 @@ class _Workshop:
             )
             failure = self._compile_pieces(cut.pieces)
             if failure is None:
-                return cut, [self.done[piece] for piece in cut.pieces]
+                return cut
             piece, error = failure
             logger.info("%s failed on %d nodes: %s", request.candidates[piece.owner].name, len(piece.nodes), error)
             refused.update(((piece.owner, index), f"failed to compile: {error}") for index in piece.nodes)
@@ -243,10 +287,8 @@ class _Workshop:
     def _compile_pieces(self, pieces: Sequence[Piece]) -> tuple[Piece, CompileError] | None:
         for number, piece in enumerate(pieces):
             self.progress("compiling segments", number, len(pieces))
-            if piece in self.done:
-                continue
             try:
-                self.done[piece] = self._compile_piece(piece)
+                self.program(piece)
             except CompileError as error:
                 return piece, error
         self.progress("compiling segments", len(pieces), len(pieces))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,6 +101,9 @@ def compile_(
     percentile: Annotated[
         float | None, typer.Option("--percentile", help="With -b auto: the percentile of latency; else 99.")
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure the cut here, and return segments that lose to the CPU.")
+    ] = False,
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Use the compile cache.")] = True,
     sources: Annotated[
         bool, typer.Option("--sources/--no-sources", help="Keep the source graph, so that it can be compiled again.")
@@ -138,6 +142,7 @@ def compile_(
             tolerance=tolerance,
             latency_budget=None if latency_budget is None else latency_budget / 1e3,
             percentile=percentile,
+            tune=tune,
             cache=cache,
             progress=progress,
         )
@@ -182,6 +187,7 @@ def _to_json(artifact: Artifact, output: Path, sources: bool, seconds: float) ->
         "nodes_by_engine": placement.nodes_by_engine,
         "fallen_back": placement.fallen_back,
         "candidates": None if artifact.candidates is None else artifact.candidates.to_json(),
+        "tuning": None if placement.tuning is None else asdict(placement.tuning),
         "signature": artifact.signature.to_json(),
     }
 
@@ -199,5 +205,7 @@ def _show(artifact: Artifact, output: Path, seconds: float) -> None:
     console.print(Text.assemble("nodes: ", where_it_runs(artifact), f"; {count} segment{plural}"), soft_wrap=True)
     if artifact.candidates is not None:
         console.print(artifact.candidates.render())
+    if artifact.placement.tuning is not None:
+        console.print(str(artifact.placement.tuning), soft_wrap=True)
     if artifact.placement.fallen_back:
         console.print(f"`accelrt explain {output}` says why.", soft_wrap=True)

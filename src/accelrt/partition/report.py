@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from accelrt.graph.model import Graph
     from accelrt.partition.cost import Partition
     from accelrt.registry import Candidate
+
+MEASURED = "supported, but measured "
+"""How the reason begins for nodes that moved because of what was measured."""
+
+_FOREVER_S = 1e12
+"""No call takes 30,000 years; what says so was not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,8 @@ class SegmentPlace:
 
     ``weight_bytes`` counts the weights its nodes read. ``bytes_in`` and ``bytes_out`` count what crosses from and to
     other segments on each run, None where a dimension is open. ``nature`` says whether the engine is real,
-    emulated or a stand-in.
+    emulated or a stand-in. ``seconds`` is the median of one run as it was measured, transfer included, None if the
+    model was not tuned.
     """
 
     engine: str
@@ -56,6 +64,61 @@ class SegmentPlace:
     weight_bytes: int
     bytes_in: int | None
     bytes_out: int | None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What was measured when a model was compiled with ``tune=True``; times are medians in seconds a call.
+
+    Attributes:
+        inputs: What was computed: ``given`` or ``random``.
+        cuts: How many cuts were measured.
+        seconds: The cut that was kept.
+        first_seconds: The cut as it was before anything was measured.
+        first_segments: Its number of segments.
+        cpu_seconds: As much on the CPU as the CPU can run; None if that is the first cut, or could not
+            be measured.
+        cpu_segments: Its number of segments.
+    """
+
+    inputs: str
+    cuts: int
+    seconds: float
+    first_seconds: float
+    first_segments: int
+    cpu_seconds: float | None
+    cpu_segments: int
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Tuning:
+        """Rebuild a record from what `dataclasses.asdict` gives.
+
+        Raises:
+            KeyError, TypeError, ValueError: ``data`` is no such record.
+        """
+        cpu = data["cpu_seconds"]
+        return cls(
+            _texts(data, "inputs")[0],
+            _size(data["cuts"]),
+            _seconds(data["seconds"]),
+            _seconds(data["first_seconds"]),
+            _size(data["first_segments"]),
+            None if cpu is None else _seconds(cpu),
+            _size(data["cpu_segments"]),
+        )
+
+    def __str__(self) -> str:
+        best = f", the best of {self.cuts} cuts" if self.cuts > 1 else ""
+        first = f"{human_seconds(self.first_seconds)} in {_count(self.first_segments, 'segment')}"
+        lines = [
+            f"Measured with {self.inputs} inputs: {human_seconds(self.seconds)} a call{best}.",
+            f"First cut: {first}.",
+        ]
+        if self.cpu_seconds is not None:
+            cpu = f"{human_seconds(self.cpu_seconds)} in {_count(self.cpu_segments, 'segment')}"
+            lines[1] += f" The CPU alone: {cpu}."
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +126,7 @@ class Placement:
     """Where a model runs.
 
     ``target`` is what was asked for, ``primary`` the engine that it stands for, ``precision`` what that one was asked
-    to compute in, None for its default.
+    to compute in, None for its default. ``tuning`` is what was measured, None if the model was not tuned.
     """
 
     target: str
@@ -71,6 +134,16 @@ class Placement:
     segments: tuple[SegmentPlace, ...]
     refusals: tuple[Refusal, ...]
     precision: str | None = None
+    tuning: Tuning | None = None
+
+    @property
+    def share_of_time_elsewhere(self) -> float | None:
+        """The share of measured time, 0 to 1, that did not run on the primary engine; None if it was not measured."""
+        times = [(segment.seconds, self._as_asked(segment)) for segment in self.segments]
+        total = sum(seconds for seconds, _ in times if seconds is not None)
+        if any(seconds is None for seconds, _ in times) or not 0 < total < math.inf:
+            return None
+        return sum(seconds for seconds, as_asked in times if seconds is not None and not as_asked) / total
 
     @property
     def nodes_by_engine(self) -> dict[str, int]:
@@ -101,8 +174,12 @@ class Placement:
     def to_json(self) -> dict[str, Any]:
         """Return plain data that `from_json` reads back."""
         data = asdict(self)
-        if self.precision is None:
-            del data["precision"]
+        for name in ("precision", "tuning"):
+            if data[name] is None:
+                del data[name]
+        for segment in data["segments"]:
+            if segment["seconds"] is None:
+                del segment["seconds"]
         return data
 
     @classmethod
@@ -118,6 +195,7 @@ class Placement:
             tuple(_segment(segment) for segment in data["segments"]),
             tuple(Refusal(*_texts(refusal, "node", "kind", "engine", "reason")) for refusal in data["refusals"]),
             _texts(data, "precision")[0] if "precision" in data else None,
+            Tuning.from_json(data["tuning"]) if "tuning" in data else None,
         )
 
     def render(self, *, reasons: int = 20) -> RenderableType:
@@ -137,7 +215,8 @@ class Placement:
         table = Table(title=title, title_justify="left")
         for heading in ("#", "engine", "precision"):
             table.add_column(heading, no_wrap=True)
-        for heading in ("nodes", "weights", "in", "out"):
+        timed = any(segment.seconds is not None for segment in self.segments)
+        for heading in (*(("time",) if timed else ()), "nodes", "weights", "in", "out"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("operators", overflow="fold")
         for index, segment in enumerate(self.segments):
@@ -148,6 +227,7 @@ class Placement:
                     style="" if self._as_asked(segment) else "yellow",
                 ),
                 Text(segment.precision),
+                *((human_seconds(segment.seconds),) if timed else ()),
                 str(len(segment.nodes)),
                 human_bytes(segment.weight_bytes),
                 human_bytes(segment.bytes_in),
@@ -165,13 +245,30 @@ class Placement:
         shares = ", ".join(
             f"{engine} {count} ({100 * count / total:.0f} %)" for engine, count in self.nodes_by_engine.items()
         )
-        return f"Nodes by engine: {shares}."
+        lines = [f"Nodes by engine: {shares}."]
+        if (share := self.share_of_time_elsewhere) is not None:
+            asked = "" if self.precision is None else f" in {self.precision}"
+            lines.append(f"Time off {self.primary}{asked}: {100 * share:.0f} % ({self._times()}).")
+        if self.tuning is not None:
+            lines.append(str(self.tuning))
+        return "\n".join(lines)
+
+    def _times(self) -> str:
+        times: dict[str, float] = {}
+        for segment in self.segments:
+            times[segment.engine] = times.get(segment.engine, 0.0) + (segment.seconds or 0.0)
+        return ", ".join(f"{engine} {human_seconds(seconds)}" for engine, seconds in times.items())
 
     def _groups(self) -> list[tuple[str, str, str, list[str]]]:
-        groups: dict[tuple[str, str, str], list[str]] = {}
+        """Group refusals; what was measured was measured of islands, so their operators share a row."""
+        groups: dict[tuple[str, str, str], list[Refusal]] = {}
         for refusal in self.refusals:
-            groups.setdefault((refusal.engine, refusal.kind, refusal.reason), []).append(refusal.node)
-        return [(*key, names) for key, names in sorted(groups.items(), key=lambda item: -len(item[1]))]
+            kind = "" if refusal.reason.startswith(MEASURED) else refusal.kind
+            groups.setdefault((refusal.engine, kind, refusal.reason), []).append(refusal)
+        return [
+            (engine, kind or _kinds(refusals), reason, [refusal.node for refusal in refusals])
+            for (engine, kind, reason), refusals in sorted(groups.items(), key=lambda item: -len(item[1]))
+        ]
 
     def _refusal_table(self, groups: Sequence[tuple[str, str, str, list[str]]], limit: int) -> RenderableType:
         from rich.table import Table
@@ -227,7 +324,9 @@ def _segment(data: Mapping[str, Any]) -> SegmentPlace:
         nature,
         tuple(NodePlace(*_texts(node, "name", "kind")) for node in data["nodes"]),
         _size(data["weight_bytes"]),
-        *(None if data[key] is None else _size(data[key]) for key in ("bytes_in", "bytes_out")),
+        None if data["bytes_in"] is None else _size(data["bytes_in"]),
+        None if data["bytes_out"] is None else _size(data["bytes_out"]),
+        _seconds(data["seconds"]) if "seconds" in data else None,
     )
 
 
@@ -235,6 +334,12 @@ def _size(value: object) -> int:
     if type(value) is not int:
         raise TypeError(f"{value!r} is not a size in bytes")
     return value
+
+
+def _seconds(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < _FOREVER_S:
+        raise TypeError(f"{value!r} is not a time in seconds")
+    return float(value)
 
 
 def _texts(data: Mapping[str, Any], *names: str) -> list[str]:
@@ -253,6 +358,22 @@ def _operators(nodes: Sequence[NodePlace], shown: int = 6) -> str:
     named = [f"{count} {kind}" if count > 1 else kind for kind, count in counts.most_common(shown)]
     others = sum(counts.values()) - sum(count for _, count in counts.most_common(shown))
     return ", ".join(named) + (f" and {others} others" if others else "")
+
+
+def _kinds(refusals: Sequence[Refusal], shown: int = 3) -> str:
+    kinds = [kind for kind, _ in Counter(refusal.kind for refusal in refusals).most_common()]
+    return "\n".join((*kinds[:shown], *((f"and {len(kinds) - shown} more",) if len(kinds) > shown else ())))
+
+
+def human_seconds(seconds: float | None) -> str:
+    """Return a time for people, three digits: ``412 µs``, ``3.14 ms``, ``1.50 s``; ``?`` for None."""
+    if seconds is None:
+        return "?"
+    for unit, scale in (("µs", 1e6), ("ms", 1e3), ("s", 1.0)):
+        value = seconds * scale
+        if value < 999.5 or unit == "s":
+            return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
+    raise AssertionError("unreachable")
 
 
 def human_bytes(count: int | None) -> str:
@@ -274,8 +395,10 @@ def place(
     precisions: Sequence[str],
     partition: Partition,
     precision: str | None = None,
+    seconds: Sequence[float] | None = None,
+    tuning: Tuning | None = None,
 ) -> Placement:
-    """Describe a partition of a graph."""
+    """Describe a partition of a graph; ``seconds`` are the times of its pieces, if they were measured."""
     last_use = _readers(graph, partition)
     outputs = set(graph.signature.output_names)
     segments = []
@@ -299,6 +422,7 @@ def place(
                 sum(weights.values()),
                 _total(graph, entering),
                 _total(graph, leaving),
+                None if seconds is None else seconds[number],
             )
         )
     refusals = tuple(
@@ -307,7 +431,7 @@ def place(
         for index, verdict in enumerate(row)
         if verdict is not None and not verdict.supported
     )
-    return Placement(target, candidates[0].name, tuple(segments), refusals, precision)
+    return Placement(target, candidates[0].name, tuple(segments), refusals, precision, tuning)
 
 
 def _readers(graph: Graph, partition: Partition) -> dict[str, set[int]]:

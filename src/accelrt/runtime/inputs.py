@@ -97,6 +97,15 @@ def check_examples(signature: Signature, examples: Any) -> None:
     Binder(signature).bind(tuple(examples) if positional else (examples,))
 
 
+def bind_examples(signature: Signature, examples: Any) -> Mapping[str, Value] | None:
+    """Bind example inputs as `check_examples` checks them; None if they are in a framework's form that does not fit."""
+    positional = isinstance(examples, list | tuple)
+    try:
+        return Binder(signature).bind(tuple(examples) if positional else (examples,))
+    except InputError:
+        return None
+
+
 def bind_calls(signature: Signature, calls: Any) -> list[Mapping[str, Value]]:
     """Bind the inputs of several calls: each a mapping by name, a tuple in order, or the value of a single input.
 

@@ -98,7 +98,8 @@ def _rebuilt(artifact: Artifact, target: Target, reason: AccelrtError, fallback:
         raise reason
     try:
         candidates = REGISTRY.candidates(target)
-        announce(fallback, f"{reason.message} It is compiled again for {candidates[0].name}.")
+        untuned = ", and not tuned again" if artifact.manifest.options.get("tune") else ""
+        announce(fallback, f"{reason.message} It is compiled again for {candidates[0].name}{untuned}.")
     except (TargetError, RegistryError):
         target = Target(CPU)
         candidates = REGISTRY.candidates(target)
@@ -141,7 +142,7 @@ class _Loader:
                     if executable is not None:
                         executable.close()
             raise
-        self._mark_spent(steps)
+        mark_spent(steps, self.artifact.signature.output_names)
         return Session(
             self.artifact.signature, steps, fallback=self.fallback, workers=self._workers(), keep=self.artifact
         )
@@ -164,7 +165,7 @@ class _Loader:
 
         step = Step(segment.name, None, segment.signature.input_names, segment.signature.output_names, recover, lock)
         try:
-            step.executable = _load(engine, self._program(segment, engine), self._devices(segment))
+            step.executable = load_program(engine, self._program(segment, engine), self._devices(segment))
         except (DeviceError, IncompatibleProgram) as error:
             # Devices named in this call must exist; and where the CPU's are missing there is nowhere to go.
             named = self.explicit or segment.backend == CPU
@@ -210,16 +211,22 @@ class _Loader:
         artifact = build(graph.extract(nodes), request, fallback="allow")
         return _Nested(open_session(artifact, fallback="allow"))
 
-    def _mark_spent(self, steps: Sequence[Step]) -> None:
-        """Tell each step which values nobody reads after it, so that memory is freed as early as can be."""
-        needed = set(self.artifact.signature.output_names)
-        for step, segment in zip(reversed(steps), reversed(self.artifact.manifest.segments), strict=True):
-            touched = {*segment.signature.input_names, *segment.signature.output_names}
-            step.spent = tuple(sorted(touched - needed))
-            needed |= touched
+
+def mark_spent(steps: Sequence[Step], outputs: Sequence[str]) -> None:
+    """Tell each step which values nobody reads after it, so that memory is freed as early as can be."""
+    needed = set(outputs)
+    for step in reversed(steps):
+        touched = {*step.inputs, *step.outputs}
+        step.spent = tuple(sorted(touched - needed))
+        needed |= touched
 
 
-def _load(engine: Engine, program: Program, devices: Sequence[Device]) -> Executable:
+def load_program(engine: Engine, program: Program, devices: Sequence[Device]) -> Executable:
+    """Have an engine load a program, and whatever it raises that the contract does not name be `IncompatibleProgram`.
+
+    Raises:
+        DeviceError, IncompatibleProgram: The engine cannot.
+    """
     try:
         return engine.load(program, devices)
     except AccelrtError:

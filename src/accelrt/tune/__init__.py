@@ -1,1 +1,1 @@
-"""What ``auto`` means: candidates, trials in child processes, measurement and choice."""
+"""Measure what cannot be known beforehand, and choose by it: cuts that pay, and what ``auto`` means."""
