@@ -78,7 +78,8 @@ def compile(
         tune: Measure the cut on the devices at hand, return segments to the CPU that lose, transfers included, and
             keep the cut that is fastest as measured, or as fast with fewer segments. Measured with ``example_inputs``
             that fit the signature, else the first inputs given for ``verify``, else random ones with every symbolic
-            dimension 1. Not for ``auto``. Takes a second to a minute or two; the cache remembers the result for this machine.
+            dimension 1. Takes a second to a minute or two; the cache remembers the result for this machine. Not for
+            ``auto``.
         objective: For ``auto``: ``"latency"`` (least median of a call, the default), ``"throughput"`` (most rows a
             second) or ``"memory"`` (least peak resident memory).
         latency_budget: For ``auto``: most seconds that a call may take at the percentile.
@@ -140,7 +141,7 @@ def compile(
     if calibration is not None and asked != "int8":
         raise OptionError("A calibration is given, but precision='int8' is not.", hint="Pass both, or neither.")
     from accelrt.artifact.build import BuildRequest, build
-    from accelrt.runtime.inputs import check_examples
+    from accelrt.runtime.inputs import bind_examples
     from accelrt.sources import open_source
 
     candidates, precisions = plan(REGISTRY.candidates(target), asked)
@@ -148,16 +149,14 @@ def compile(
     if progress is not None:
         progress("reading the model", 0, 1)
     source = open_source(model, SourceRequest(example_inputs, input_names, output_names, resolved.source))
-    if source.format == "onnx" and example_inputs is not None:
-        check_examples(source.graph.signature, example_inputs)
+    samples = bind_examples(source.graph.signature, example_inputs, strict=source.format == "onnx")
     check = None
-    samples = None
     if verify is not None and verify is not False:
         from accelrt.verification import Verifier, as_verification
 
         if (wanted := as_verification(verify)) is not None:
             verifier = Verifier(source.graph, wanted, cache=cache)
-            check, samples = verifier.check(), verifier.given
+            check, samples = verifier.check(), samples or verifier.given
     graph = source.graph
     if asked == "int8":
         from accelrt.tune.calibration import quantised
@@ -165,11 +164,8 @@ def compile(
         graph = quantised(graph, calibration, progress)
     refine = None
     if tune:
-        from accelrt.runtime.inputs import bind_examples
         from accelrt.tune.cuts import cut_tuner
 
-        if example_inputs is not None and (bound := bind_examples(graph.signature, example_inputs)) is not None:
-            samples = bound
         refine = cut_tuner(graph.signature, candidates, target, samples)
     request = BuildRequest(str(target), candidates, resolved, source.format, asked, precisions, refine)
     return build(graph, request, fallback=policy, cache=cache, progress=progress, check=check)

@@ -381,16 +381,15 @@ def digest_of(calls: Sequence[Mapping[str, Value]]) -> str:
     for call in calls:
         for name, value in sorted(call.items()):
             digest.update(name.encode())
-            digest_value(value, digest)
+            _digest(value, digest)
     return digest.hexdigest()
 
 
-def digest_value(value: Value, digest: Any) -> None:
-    """Feed a value, with its type and shape, to a hash of `hashlib`."""
+def _digest(value: Value, digest: Any) -> None:
     if isinstance(value, list):
         digest.update(b"[")
         for item in value:
-            digest_value(item, digest)
+            _digest(item, digest)
         digest.update(b"]")
     elif value is None:
         digest.update(b"none")

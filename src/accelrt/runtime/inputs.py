@@ -87,22 +87,23 @@ class Binder:
         return {port.name: coerce(named.get(port.name), port) for port in self._signature.inputs}
 
 
-def check_examples(signature: Signature, examples: Any) -> None:
-    """Check example inputs: a mapping by name, or values in the order of the signature.
+def bind_examples(signature: Signature, examples: Any, *, strict: bool) -> Mapping[str, Value] | None:
+    """Bind example inputs: a mapping by name, or a list or tuple in order; None for none.
+
+    Those of a framework's model may be nested, or hold what became constants of the graph; where they do not fit and
+    that is no mistake (``strict`` is false), they are None as well.
 
     Raises:
-        InputError: They do not fit.
+        InputError: ``strict``, and they do not fit.
     """
-    positional = isinstance(examples, list | tuple)
-    Binder(signature).bind(tuple(examples) if positional else (examples,))
-
-
-def bind_examples(signature: Signature, examples: Any) -> Mapping[str, Value] | None:
-    """Bind example inputs as `check_examples` checks them; None if they are in a framework's form that does not fit."""
+    if examples is None:
+        return None
     positional = isinstance(examples, list | tuple)
     try:
         return Binder(signature).bind(tuple(examples) if positional else (examples,))
     except InputError:
+        if strict:
+            raise
         return None
 
 

@@ -41,7 +41,7 @@ from accelrt.runtime.load import load_program, mark_spent
 from accelrt.runtime.session import Session, Step
 from accelrt.target import Target, parse
 from accelrt.tune.contest import choose, settle, take_turns
-from accelrt.verification import digest_value
+from accelrt.verification import digest_of
 
 logger = logging.getLogger("accelrt")
 
@@ -78,9 +78,8 @@ def cut_tuner(signature: Signature, candidates: Sequence[Candidate], target: Tar
     if call is None:
         random_inputs(signature, {}, SEED)  # whether it can be drawn is known before anything is compiled
         digest.update(f"random {SEED}".encode())
-    for name, value in sorted((call or {}).items()):
-        digest.update(name.encode())
-        digest_value(value, digest)
+    else:
+        digest.update(digest_of([call]).encode())
     facts = []
     for candidate in candidates:
         found = devices_of(candidate.backend, target.devices if candidate.backend.name == target.backend else None)

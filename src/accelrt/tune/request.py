@@ -12,9 +12,9 @@ from accelrt.artifact.artifact import Artifact
 from accelrt.artifact.cache import Cache
 from accelrt.artifact.candidates import CandidateTable
 from accelrt.artifact.store import identity_of
-from accelrt.errors import InputError, OptionError
+from accelrt.errors import OptionError
 from accelrt.precision.calibrate import is_quantised, quantise
-from accelrt.runtime.inputs import Binder
+from accelrt.runtime.inputs import bind_examples
 from accelrt.sources import open_source
 from accelrt.tune.auto import AutoRequest, choose, every_engine
 from accelrt.tune.calibration import calibration_calls
@@ -50,7 +50,7 @@ def _auto(
         wishes.progress("reading the model", 0, 1)
     source = open_source(model, replace(request, options=resolved.source))
     graph = source.graph
-    example = _example(source, request.example_inputs)
+    example = bind_examples(graph.signature, request.example_inputs, strict=source.format == "onnx")
     quantised = is_quantised(graph)
     if wishes.calibration is not None and quantised:
         raise OptionError("The model is quantised already, and takes no calibration.")
@@ -88,21 +88,6 @@ def _profile(given: CandidateTable | Artifact | None) -> CandidateTable | None:
     if found is not None and not isinstance(found, CandidateTable):
         raise OptionError(f"profile takes a CandidateTable or the artifact that holds one, not {found!r}.")
     return found
-
-
-def _example(source: Source, given: Any) -> Mapping[str, Value] | None:
-    """Bind the example inputs to the signature.
-
-    Those of a framework's model may be nested, or hold what became constants; then inputs are drawn instead.
-    """
-    if given is None:
-        return None
-    try:
-        return Binder(source.graph.signature).bind(tuple(given) if isinstance(given, list | tuple) else (given,))
-    except InputError:
-        if source.format == "onnx":
-            raise
-        return None
 
 
 def _verification(wishes: Wishes, example: Mapping[str, Value] | None) -> Verification:
