@@ -2,8 +2,8 @@
 
 LoadGen is C++ that keeps its state in globals: a process runs one test at a time. It calls back into Python, and an
 exception that leaves such a callback ends the process. So tests take turns under a lock, run in a thread of their own
-(an interrupt reaches the caller at once), and callbacks let nothing out: the first failure is kept, the test is brought to
-an early end, and the failure is raised in the caller's thread.
+(an interrupt reaches the caller at once), and callbacks let nothing out: the first failure is kept, the test is
+brought to an early end, and the failure is raised in the caller's thread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ from accelrt.errors import BenchmarkError
 from accelrt.scenarios import plain
 from accelrt.scenarios.plain import Sample
 from accelrt.scenarios.result import Latency, ScenarioResult, Verdict
-from accelrt.scenarios.scenario import Effort, Feedable, MultiStream, Offline, Scenario, Server, SingleStream
+from accelrt.scenarios.scenario import (
+    PERCENTILES,
+    Effort,
+    Feedable,
+    MultiStream,
+    Offline,
+    Scenario,
+    Server,
+    SingleStream,
+)
 
 NAME = "loadgen"
 _PACKAGE, _MODULE = "mlcommons-loadgen", "mlperf_loadgen"
@@ -82,13 +91,14 @@ def _version() -> str:
 def _pace(session: Feedable, samples: Sequence[Sample], scenario: Scenario, effort: Effort) -> float:
     """Return about how many queries a second there will be (samples, offline): LoadGen wants to know beforehand.
 
-    Twice what a short run shows: a guess that is too low ends the test early, one that is too high costs memory.
+    More than a short run shows: a guess that is too low ends the test early. One that is too high costs memory, and
+    in the offline scenario time, since there all queries are run.
     """
     if isinstance(scenario, Server):
         return scenario.target_qps
     short = Effort(min(effort.seconds / 10, 0.5), min(effort.queries, 10), effort.warmup, effort.seed)
     trial = plain.run(session, samples, scenario, short)
-    return 2 * (trial.throughput if isinstance(scenario, Offline) else trial.queries / trial.duration_s)
+    return 1.2 * trial.throughput if isinstance(scenario, Offline) else 2 * trial.queries / trial.duration_s
 
 
 def _settings(loadgen: ModuleType, scenario: Scenario, effort: Effort, pace: float) -> Any:
@@ -299,7 +309,7 @@ class _Figures:
     def ran_out(self) -> bool:
         """Whether the test was over too early because too few queries had been drawn up."""
         exhausted = any("Ran out of generated queries" in error for error in self._errors)
-        return exhausted or not self._errors and not self._values["result_min_duration_met"]
+        return exhausted or (not self._errors and not self._values["result_min_duration_met"])
 
     def result(self, scenario: Scenario, duration_s: float) -> ScenarioResult:
         values = self._values
@@ -325,12 +335,11 @@ class _Figures:
 
     def _latency(self, n: int, scenario: Scenario) -> Latency:
         one, percentile = ("query_", "per_query_") if isinstance(scenario, MultiStream) else ("", "")
-        edges = [self._values[f"result_{which}_{one}latency_ns"] / 1e9 for which in ("mean", "min", "max")]
-        ranks = [
-            self._values[f"result_{percent:.2f}_percentile_{percentile}latency_ns"] / 1e9
-            for percent in (50, 90, 95, 97, 99, 99.9)
-        ]
-        return Latency(n, edges[0], edges[1], *ranks, edges[2])
+        mean, least, most = (self._values[f"result_{which}_{one}latency_ns"] / 1e9 for which in ("mean", "min", "max"))
+        p50, p90, p95, p97, p99, p99_9 = (
+            self._values[f"result_{percent:.2f}_percentile_{percentile}latency_ns"] / 1e9 for percent in PERCENTILES
+        )
+        return Latency(n, mean, least, p50, p90, p95, p97, p99, p99_9, most)
 
     def _reasons(self) -> tuple[str, ...]:
         """Return why a test is INVALID, in LoadGen's words where it has some."""

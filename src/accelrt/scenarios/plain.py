@@ -1,9 +1,9 @@
 """The plain driver: the four scenarios without LoadGen.
 
-The server scenario is an open loop. Arrivals are drawn beforehand, and a query's latency runs from the moment it was due:
-if the session stalls, or this driver is late itself, every query behind pays for it in the figures. A loop that sends
-the next query when the last one is answered, or starts the clock when a worker takes a query up, would leave out
-just the queries that had to wait (coordinated omission).
+The server scenario is an open loop. Arrivals are drawn beforehand, and a query's latency runs from the moment it was
+due: if the session stalls, or this driver is late itself, every query behind pays for it in the figures. A loop that
+sends the next query when the last one is answered, or starts the clock when a worker takes a query up, would leave
+out just the queries that had to wait (coordinated omission).
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _single_stream(
     return _closed_loop(query, 1, scenario, effort, clock)
 
 
-def _multi_stream(session: Feedable, draw: _Draw, scenario: MultiStream, effort: Effort, clock: Clock) -> ScenarioResult:
+def _multi_stream(
+    session: Feedable, draw: _Draw, scenario: MultiStream, effort: Effort, clock: Clock
+) -> ScenarioResult:
     count = scenario.samples_per_query
 
     def query() -> None:
@@ -182,7 +184,9 @@ class _Arrivals:
         answers = self._latencies[:issued]
         moments = [due + latency for due, latency in zip(dues, answers, strict=True) if latency is not None]
         # One without an answer has waited at least until now: leaving it out would flatter.
-        latencies = [end - start - due if latency is None else latency for due, latency in zip(dues, answers, strict=True)]
+        latencies = [
+            end - start - due if latency is None else latency for due, latency in zip(dues, answers, strict=True)
+        ]
         latency = Latency.of(latencies)
         late = sum(each > scenario.latency_bound_s for each in latencies)
         reasons = []

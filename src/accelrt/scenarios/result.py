@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from accelrt.scenarios.scenario import Offline, Scenario, scenario_to_json
+from accelrt.scenarios.scenario import PERCENTILES, Offline, Scenario, scenario_to_json
 from accelrt.scenarios.statistics import percentile_of
 
 Verdict: TypeAlias = Literal["VALID", "INVALID"]
@@ -31,7 +31,7 @@ class Latency:
     def of(cls, seconds: Sequence[float]) -> Latency:
         """Summarise latencies; there must be one at least."""
         ordered = sorted(seconds)
-        p50, p90, p95, p97, p99, p99_9 = (percentile_of(ordered, percent) for percent in (50, 90, 95, 97, 99, 99.9))
+        p50, p90, p95, p97, p99, p99_9 = (percentile_of(ordered, percent) for percent in PERCENTILES)
         mean = sum(ordered) / len(ordered)
         return cls(len(ordered), mean, ordered[0], p50, p90, p95, p97, p99, p99_9, ordered[-1])
 

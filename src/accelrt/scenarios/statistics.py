@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -12,16 +13,18 @@ CONFIDENCE = 0.99
 
 _BLOCK = 1024
 
+Times: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
-def poisson_arrivals(rate: float, seconds: float, queries: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+
+def poisson_arrivals(rate: float, seconds: float, queries: int, seed: int) -> Times:
     """Return the times of a Poisson process, in seconds from the start, increasing.
 
-    Gaps are exponential with mean ``1 / rate``. There are at least ``queries`` of them, and the last is the first one at
-    or past ``seconds``, so that a run lasts as long as it is to. The same seed gives the same times, and a longer
+    Gaps are exponential with mean ``1 / rate``. There are at least ``queries`` of them, and the last is the first one
+    at or past ``seconds``, so that a run lasts as long as it is to. The same seed gives the same times, and a longer
     run begins with those of a shorter one.
     """
     generator = np.random.default_rng(seed)
-    blocks: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = []
+    blocks: list[Times] = []
     total, last = 0, 0.0
     while total < queries or last < seconds:
         block = last + np.cumsum(generator.exponential(1 / rate, _BLOCK))

@@ -18,7 +18,8 @@ RESOLUTION = 0.05
 STEPS = 14
 _LADDER = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of the offline throughput to begin with, for the flat part of the curve."""
-_LEAST = 1 / 1024
+_ABOVE, _LEAST = 2.0, 1 / 1024
+"""Shares of it between which the search stays: it was measured in a short run, so the truth may lie above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Sweep:
     Attributes:
         latency_bound_s: The bound, in seconds.
         percentile: Of the latencies, which the bound is about.
-        capacity: Samples a second in the offline scenario: no rate above it can last.
+        capacity: Samples a second in a short run of the offline scenario: about the highest rate that can last.
         steps: Every rate that was tried, in the order of trial.
         best_qps: The highest rate that stayed within the bound; None where not even the lowest did.
     """
@@ -111,7 +112,7 @@ def sweep(
 
 def search(holds: Callable[[float], bool], capacity: float) -> float | None:
     """Return the highest rate that held, None if none did; at most `STEPS` are tried."""
-    low, high, tried = 0.0, capacity * 1.25, 0
+    low, high, tried = 0.0, capacity * _ABOVE, 0
     for share in _LADDER:
         tried += 1
         if holds(capacity * share):
