@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from accelrt.graph.types import Value
     from accelrt.scenarios import Effort, Scenario, Sweep, SweepStep
 
-SCENARIO_SECONDS = 10.0
+SCENARIO_SECONDS, SCENARIO_QUERIES = 10.0, 100
 _SAMPLES, _SAMPLES_BYTES = 8, 256 * 2**20
 """Different inputs that queries draw from, fewer where they are large."""
 
@@ -58,12 +58,15 @@ class Asked:
         return Offline()
 
     def effort(self) -> Effort:
-        """Return how long to measure: a number alone is not stretched to the usual time."""
+        """Return how long to measure: a number alone is not stretched to the usual time, nor the other way round."""
         from accelrt.scenarios import Effort
 
-        usual = SCENARIO_SECONDS if self.number is None else 0.0
-        seconds = usual if self.seconds is None else self.seconds
-        return Effort(seconds, self.number or 100, self.warmup, self.seed)
+        seconds, number = self.seconds, self.number
+        if seconds is None:
+            seconds = SCENARIO_SECONDS if number is None else 0.0
+        if number is None:
+            number = SCENARIO_QUERIES if self.seconds is None else 1
+        return Effort(seconds, number, self.warmup, self.seed)
 
 
 def run_scenario(
@@ -80,7 +83,7 @@ def run_scenario(
         OptionError: A value is out of its range.
         BenchmarkError: LoadGen was asked for by name and is not installed.
     """
-    from accelrt.scenarios.measure import resolve
+    from accelrt.scenarios.drivers import resolve
 
     scenario, effort, driver = asked.scenario_of(), asked.effort(), resolve(asked.driver)
     with working(as_json), contextlib.ExitStack() as stack:

@@ -9,10 +9,10 @@
         print(result.verdict, result.latency.p99_s, *result.reasons)
 """
 
-from accelrt.scenarios.measure import DriverName, measure
+from accelrt.scenarios.drivers import DriverName, measure
+from accelrt.scenarios.rates import Sweep, SweepStep, sweep
 from accelrt.scenarios.result import Latency, ScenarioResult
 from accelrt.scenarios.scenario import Effort, MultiStream, Offline, Scenario, Server, SingleStream
-from accelrt.scenarios.sweep import Sweep, SweepStep, sweep
 
 __all__ = [
     "DriverName",

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelrt.errors import OptionError
 from accelrt.scenarios import plain
-from accelrt.scenarios.measure import DriverName, measure, warm_up
+from accelrt.scenarios.drivers import DriverName, measure, warm_up
 from accelrt.scenarios.result import ScenarioResult
 from accelrt.scenarios.scenario import Effort, Feedable, Offline, Server
 
@@ -18,8 +18,9 @@ RESOLUTION = 0.05
 STEPS = 14
 _LADDER = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of the offline throughput to begin with, for the flat part of the curve."""
-_ABOVE, _LEAST = 2.0, 1 / 1024
-"""Shares of it between which the search stays: it was measured in a short run, so the truth may lie above."""
+_ABOVE, _LEAST = 2.0, 1 / 64
+"""Shares of it between which the search stays: it was measured in a short run, so the truth may lie above. A bound that
+does not hold at the lower one is not missed for want of capacity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,8 @@ def sweep(
     """Find the highest Poisson rate whose latency at ``percentile`` stays within the bound.
 
     Begins with shares of the offline throughput, then bisects on a logarithmic scale. Each step is a run of the
-    server scenario as long as ``effort`` says. A step holds if its percentile is within the bound; whether that is
-    proven statistically is in its verdict.
+    server scenario for the seconds that ``effort`` says. A step holds if its percentile is within the bound; whether
+    that is proven statistically is in its verdict.
 
     Args:
         session, samples, effort, driver: As for `measure`.
@@ -94,12 +95,15 @@ def sweep(
         raise OptionError("There are no samples to measure with.", hint="Give at least one mapping of inputs.")
     scenario = Server(1.0, latency_bound_s, percentile)
     warm_up(session, samples, effort.warmup)
-    short = replace(effort, seconds=min(effort.seconds, 2.0), queries=min(effort.queries, 100))
+    short = replace(effort, seconds=min(effort.seconds, 2.0), queries=min(effort.queries, 20))
     capacity = plain.run(session, samples, Offline(), short).throughput
     steps: list[SweepStep] = []
 
     def holds(rate: float) -> bool:
-        result = measure(session, samples, replace(scenario, target_qps=rate), effort, driver=driver)
+        # The time is what is asked for: a least number of queries would take hours at the lowest rates.
+        within_time = int(rate * effort.seconds) if effort.seconds > 0 else effort.queries
+        step_effort = replace(effort, queries=max(1, min(effort.queries, within_time)))
+        result = measure(session, samples, replace(scenario, target_qps=rate), step_effort, driver=driver)
         step = SweepStep(rate, result.percentile_s <= latency_bound_s, result)
         steps.append(step)
         if progress is not None:
