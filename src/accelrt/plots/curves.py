@@ -19,7 +19,11 @@ _TAIL = 99.0
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One measurement: samples a second, milliseconds at the median and at the percentile; ``good`` is drawn filled."""
+    """One measurement: samples a second, milliseconds at the median and at the percentile; ``good`` is drawn filled.
+
+    In a sweep ``throughput`` is the rate of arrivals. Within the bound it is what was answered too; above it the
+    answered rate says little, because such a run is cut short.
+    """
 
     throughput: float
     median_ms: float
@@ -46,6 +50,7 @@ class Chart:
         percentile: That of the tails.
         bound_ms: A latency bound, drawn as a line.
         hollow: What an empty marker means; empty text if there is none.
+        across: What the horizontal axis shows.
     """
 
     title: str
@@ -54,6 +59,7 @@ class Chart:
     bound_ms: float | None
     hollow: str
     curves: tuple[Curve, ...]
+    across: str = "throughput, samples per second"
 
 
 def chart_of(document: Mapping[str, Any]) -> Chart:
@@ -73,7 +79,8 @@ def chart_of(document: Mapping[str, Any]) -> Chart:
     driver = f"driver {document['driver']}"
     if "sweep" in results[0]:
         subtitle = f"server scenario, Poisson arrivals at rising rates, {driver}, {document['seconds']:g} s a point"
-        return Chart(title, subtitle, percentile, bound * 1e3, "above the bound", curves)
+        across = "throughput asked for, arrivals per second"
+        return Chart(title, subtitle, percentile, bound * 1e3, "above the bound", curves, across)
     given = ", ".join(f"{name} {value:g}" for name, value in setting.items() if isinstance(value, int | float))
     subtitle = f"{setting['name']} scenario{f' ({given})' if given else ''}, {driver}"
     return Chart(title, subtitle, percentile, None if bound is None else bound * 1e3, "INVALID", curves)
@@ -81,15 +88,16 @@ def chart_of(document: Mapping[str, Any]) -> Chart:
 
 def _points(result: Mapping[str, Any]) -> tuple[Point, ...]:
     if "sweep" in result:
-        points = [_point(step["result"], step["within"]) for step in result["sweep"]["steps"]]
-        return tuple(sorted(points, key=lambda point: point.throughput))
+        steps = sorted(result["sweep"]["steps"], key=lambda step: float(step["target_qps"]))
+        return tuple(_point(step["result"], step["within"], step["target_qps"]) for step in steps)
     if "run" in result:
-        return (_point(result["run"], result["run"]["verdict"] == "VALID"),)
+        run = result["run"]
+        return (_point(run, run["verdict"] == "VALID", run["throughput_per_s"]),)
     return (Point(result["throughput_per_s"], result["p50_ms"], result["p99_ms"], True),)
 
 
-def _point(run: Mapping[str, Any], good: bool) -> Point:
-    return Point(run["throughput_per_s"], run["latency"]["p50_ms"], run["percentile_ms"], good)
+def _point(run: Mapping[str, Any], good: bool, across: float) -> Point:
+    return Point(across, run["latency"]["p50_ms"], run["percentile_ms"], good)
 
 
 def draw(chart: Chart) -> Figure:
@@ -109,7 +117,7 @@ def draw(chart: Chart) -> Figure:
         axes.set_xlim(left=0)
     if axes.get_yscale() == "linear":
         axes.set_ylim(bottom=0)
-    axes.set_xlabel("throughput, samples per second")
+    axes.set_xlabel(chart.across)
     axes.set_ylabel("latency, ms")
     _legend(figure, chart)
     return figure
@@ -123,8 +131,8 @@ def _draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
     if curve.best is not None and good:
         last = good[-1]
         axes.annotate(
-            f"{curve.best:,.4g} a second", (last.throughput, last.tail_ms), xytext=(-8, 6), textcoords="offset points",
-            ha="right", fontsize=8, color=colour,
+            f"{curve.best:,.4g} per second", (last.throughput, last.tail_ms), xytext=(-8, 6),
+            textcoords="offset points", ha="right", fontsize=8, color=colour,
         )  # fmt: skip
     for point in curve.points:
         fill = colour if point.good else "white"
@@ -155,7 +163,7 @@ def _legend(figure: Figure, chart: Chart) -> None:
     figure.legend(handles=entries, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
 
 
-COLUMNS = ("target", "samples per s", "median, ms", "percentile, ms", "")
+COLUMNS = ("target", "per second", "median, ms", "percentile, ms", "")
 
 
 def rows(chart: Chart) -> list[tuple[str, ...]]:
