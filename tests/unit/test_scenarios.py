@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -472,3 +474,37 @@ def test_a_sweep_reports_each_step_and_the_best() -> None:
 def test_values_out_of_range_are_refused(build: Any) -> None:
     with pytest.raises(OptionError):
         build()
+
+
+@pytest.mark.parametrize("scenario", ["SingleStream()", "Server(50, 0.5)", "Offline()"])
+def test_an_interrupt_ends_a_test_of_loadgen(scenario: str) -> None:
+    pytest.importorskip("mlperf_loadgen")
+    code = f"""
+import os, signal, threading, time
+from accelrt.scenarios import *
+from concurrent.futures import ThreadPoolExecutor
+pool = ThreadPoolExecutor(2)
+told = threading.Event()
+class Session:
+    calls = 0
+    def predict(self, *inputs):
+        self.calls += 1
+        if self.calls == 60 and not told.is_set():
+            told.set()
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.002)
+        return {{}}
+    def submit(self, *inputs):
+        return pool.submit(self.predict, *inputs)
+    def map(self, items):
+        return pool.map(self.predict, items)
+start = time.perf_counter()
+try:
+    measure(Session(), [{{}}], {scenario}, Effort(100, 20, 1), driver="loadgen")
+except KeyboardInterrupt:
+    print("interrupted", time.perf_counter() - start < 50)
+# LoadGen is not left in the middle of a test.
+print(measure(Session(), [{{}}], SingleStream(), Effort(0, 20, 1), driver="loadgen").queries >= 20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, ["interrupted", "True", "True"]), done.stderr

@@ -270,20 +270,26 @@ def _test(loadgen: ModuleType, feed: _Feed, samples: int, settings: Any, folder:
     system = loadgen.ConstructSUT(feed.issue, feed.flush)
     library = loadgen.ConstructQSL(samples, samples, _nothing, _nothing)
 
+    over = threading.Event()
+
     def start() -> None:
         try:
             # A file named audit.config in the working folder would otherwise change the test.
             loadgen.StartTestWithLogSettings(system, library, settings, log, str(folder / "no-audit.config"))
         except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
             feed.fail(error)
+        finally:
+            over.set()
 
-    thread = threading.Thread(target=start, name="accelrt-loadgen")
+    threading.Thread(target=start, name="accelrt-loadgen").start()
     try:
-        thread.start()
-        thread.join()
+        # Not Thread.join: in Python 3.11 a join that was interrupted takes the thread for dead, and the next returns.
+        # In short waits, since a signal that another thread receives does not end this one's.
+        while not over.wait(0.2):
+            pass
     except BaseException as error:
         feed.fail(error)
-        thread.join()
+        over.wait()
         raise
     finally:
         loadgen.DestroyQSL(library)

@@ -58,11 +58,12 @@ class _Draw:
         self._indices: Iterator[int] = iter(())
 
     def __call__(self) -> Sample:
-        for index in self._indices:
-            return self._samples[index]
-        # Drawn in bulk, since a single draw costs more than a small model.
-        self._indices = iter(self._generator.integers(len(self._samples), size=4096).tolist())
-        return self._samples[next(self._indices)]
+        index = next(self._indices, None)
+        if index is None:
+            # Drawn in bulk, since a single draw costs more than a small model.
+            self._indices = iter(self._generator.integers(len(self._samples), size=4096).tolist())
+            index = next(self._indices)
+        return self._samples[index]
 
 
 def _single_stream(
