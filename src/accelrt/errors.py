@@ -15,6 +15,7 @@
     ├── CompileError              an engine could not compile a segment
     │   ├── NoCandidate           ``auto`` found none that is verified and within the latency budget
     │   └── IsolatedError         the child process that did the work crashed, hung or ran out of memory
+    ├── BenchmarkError            a benchmark that cannot be run, or that its driver gave up
     ├── ArtifactError             an artifact that cannot be read, written or trusted
     │   ├── CorruptArtifact       truncated, altered, malformed or hostile
     │   ├── ArtifactVersionError  written by a newer accelrt
@@ -114,6 +115,10 @@ class NoCandidate(CompileError):
 
 class IsolatedError(CompileError):
     """A child process that crashed, hung, or passed its memory limit while it worked for an engine."""
+
+
+class BenchmarkError(AccelrtError):
+    """A benchmark whose driver or plotter is not installed, or gave no figures."""
 
 
 class ArtifactError(AccelrtError):

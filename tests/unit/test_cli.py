@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import accelrt
 from accelrt.backend import CompileJob, Program
-from accelrt.cli import app, bench, common, demo, doctor, values
+from accelrt.cli import app, bench_compare, common, demo, doctor, values
 from accelrt.data import digits_model, held_out_digits
 from accelrt.errors import InputError
 from accelrt.graph.types import OptionalType, Port, SequenceType, Signature, TensorType
@@ -622,14 +622,14 @@ def test_bench_shows_where_it_ran(toy: str, perceptron: str) -> None:
 
 def _contestant(name: str, calls: list[str]) -> Any:
     session = SimpleNamespace(predict=lambda inputs: calls.append(name))
-    return bench.Contestant(name, None, session, None)  # type: ignore[arg-type]
+    return bench_compare.Contestant(name, None, session, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("number", [1, 7, 10, 25])
 def test_bench_takes_turns_and_counts(number: int) -> None:
     calls: list[str] = []
     pair = [_contestant("a", calls), _contestant("b", calls)]
-    bench._measure(pair, {}, bench.Effort(3, number, 0))
+    bench_compare.measure(pair, {}, bench_compare.Effort(3, number, 0))
     assert [len(contestant.nanoseconds) for contestant in pair] == [number, number]
     rounds = min(10, number)
     turns = "".join(calls)[6:].replace("aa", "a")
@@ -641,7 +641,7 @@ def test_bench_takes_turns_and_counts(number: int) -> None:
 def test_batch_is_the_first_dimension_that_all_share() -> None:
     def size(*shapes: Any, sizes: dict[str, int] | None = None) -> int:
         ports = [Port(str(i), TensorType("float32", shape)) for i, shape in enumerate(shapes)]
-        return bench.batch_size(Signature(tuple(ports[:-1]), tuple(ports[-1:])), sizes or {})
+        return bench_compare.batch_size(Signature(tuple(ports[:-1]), tuple(ports[-1:])), sizes or {})
 
     assert size(("n", 3), ("n", 2), sizes={"n": 7}) == 7
     assert size(("n", 3), ("n", 2)) == 1

@@ -30,11 +30,22 @@ LAYERS = (
     ("tune",),
     ("api",),
     ("__init__",),
-    ("testing", "cli", "serve", "advisor", "fleet", "compat", "__main__"),
+    ("testing", "scenarios", "plots", "cli", "serve", "advisor", "fleet", "compat", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 BACKENDS_MAY_IMPORT = {"backend", "errors", "graph", "isolation"}
-HEAVY = ("onnx", "onnx_ir", "onnxruntime", "openvino", "torch", "tensorflow", "rich", "typer")
+HEAVY = (
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "openvino",
+    "torch",
+    "tensorflow",
+    "rich",
+    "typer",
+    "matplotlib",
+    "mlperf_loadgen",
+)
 
 
 def _modules(folder: Path) -> Iterator[Path]:

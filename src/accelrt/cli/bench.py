@@ -1,314 +1,197 @@
-"""``accelrt bench``: one model on several targets, measured side by side.
-
-Targets take turns, round by round: whatever else the machine does meanwhile hits all of them alike. In each round a
-target first makes one call that is not counted, because the one before it has left its threads and data on the cores.
-"""
+"""``accelrt bench``: measure a model. What is measured, and how, is in the modules ``bench_*``."""
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from accelrt.cli.bench_compare import SECONDS, Effort, compare
+from accelrt.cli.bench_scenarios import SCENARIO_SECONDS, Asked, run_scenario
 from accelrt.cli.common import (
     BackendsOption,
     DimOption,
     JsonFlag,
     SeedOption,
     TracebackFlag,
-    candidate_of,
     dimensions,
+    engine_options,
     guarded,
-    number_or_text,
-    open_or_compile,
-    out,
-    plain_table,
     print_json,
-    where_it_runs,
-    working,
 )
-from accelrt.cli.values import random_inputs
-from accelrt.nature import mark_of
+from accelrt.cli.durations import parse_duration
 
-if TYPE_CHECKING:
-    from rich.text import Text
-
-    from accelrt.artifact.artifact import Artifact
-    from accelrt.graph.types import Signature, Value
-    from accelrt.runtime.session import Session
-
-ROUNDS = 10
-SECONDS = 2.0
-PERCENTILES = (50, 90, 95, 99)
+_UNITS = "50ms, 0.1s, 800us"
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How long to measure each target: so many calls, or so many seconds."""
+class ScenarioName(StrEnum):
+    """What ``--scenario`` takes."""
 
-    warmup: int
-    number: int | None
-    seconds: float
+    SINGLE_STREAM = "single-stream"
+    MULTI_STREAM = "multi-stream"
+    SERVER = "server"
+    OFFLINE = "offline"
 
 
-@dataclass(slots=True)
-class Contestant:
-    """One target in a comparison; ``threads`` is None where its engine has no such option."""
+class Driver(StrEnum):
+    """What ``--driver`` takes."""
 
-    target: str
-    artifact: Artifact
-    session: Session
-    threads: int | None
-    nanoseconds: list[int] = field(default_factory=list)
-    difference: float | None = None
+    AUTO = "auto"
+    LOADGEN = "loadgen"
+    PLAIN = "plain"
 
 
 @guarded
 def bench(
     model: Annotated[Path, typer.Argument(help="A model, or a compiled artifact.", show_default=False)],
     backend: BackendsOption = None,
+    scenario: Annotated[
+        ScenarioName | None,
+        typer.Option("--scenario", help="Measure as MLPerf does; else latency of one caller, targets in turns."),
+    ] = None,
+    qps: Annotated[
+        float | None, typer.Option("--qps", help="server: mean rate of arrivals a second.", show_default=False)
+    ] = None,
+    latency_bound: Annotated[
+        str | None,
+        typer.Option("--latency-bound", help=f"server: what the percentile must keep: {_UNITS}.", metavar="TIME"),
+    ] = None,
+    percentile: Annotated[
+        float | None,
+        typer.Option("--percentile", help="50, 90, 95, 97, 99 or 99.9; else 90 for single-stream, 99 for others."),
+    ] = None,
+    samples_per_query: Annotated[
+        int | None, typer.Option("--samples-per-query", help="multi-stream: samples sent at once, else 8.", min=1)
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="server: find the highest rate that keeps the bound; --qps is not given.")
+    ] = False,
+    driver: Annotated[
+        Driver, typer.Option("--driver", help="MLPerf's LoadGen, our own, or LoadGen if it is installed.")
+    ] = Driver.AUTO,
     warmup: Annotated[int, typer.Option("--warmup", help="Calls before anything is measured.", min=1)] = 10,
-    number: Annotated[int | None, typer.Option("--number", "-n", help="Calls measured on each target.", min=1)] = None,
+    number: Annotated[
+        int | None,
+        typer.Option("--number", "-n", help="Calls measured on each target; the least, in a scenario.", min=1),
+    ] = None,
     seconds: Annotated[
-        float | None, typer.Option("--seconds", "-s", help=f"Time to measure each target, else {SECONDS:g}.", min=0.001)
+        float | None,
+        typer.Option(
+            "--seconds",
+            "-s",
+            help=f"Time to measure each target, else {SECONDS:g}; the least, in a scenario, else {SCENARIO_SECONDS:g}.",
+            min=0.001,
+        ),
     ] = None,
     threads: Annotated[
         int | None,
         typer.Option("--threads", "-t", help="Threads of each engine that can be told; else its own choice.", min=1),
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", help="An option that every target knows: streams=2; repeatable.", metavar="NAME=VALUE"
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw latency over throughput into this .png or .html file.", metavar="FILE"),
+    ] = None,
+    candidates: Annotated[
+        bool,
+        typer.Option("--candidates", help="Measure nothing: show what an artifact of backend auto was chosen from."),
+    ] = False,
     seed: SeedOption = 0,
     dim: DimOption = None,
     as_json: JsonFlag = False,
     traceback: TracebackFlag = False,
 ) -> None:
-    """Measure the latency of a model on one or more targets, which take turns.
+    """Measure the latency of a model on one or more targets, which take turns, or run a scenario on each.
 
-    Throughput is that of one caller: the batch times the rate of calls. The batch is the first dimension, where all
-    inputs and outputs share it. The ratio compares median latencies with the first target: 2x is twice as fast.
+    Without a scenario throughput is that of one caller: the batch times the rate of calls. The batch is the first
+    dimension, where all inputs and outputs share it. The ratio compares median latencies with the first target: 2x is
+    twice as fast.
+
+    With a scenario each target is measured for itself, and the verdict says whether the figures prove what they say.
     """
-    if number is not None and seconds is not None:
-        raise typer.BadParameter("Give calls or seconds, not both.", param_hint="--number")
-    sizes = dimensions(dim)
-    effort = Effort(warmup, number, seconds if seconds is not None else SECONDS)
-    targets: Sequence[str | None] = backend or [None]
-    with working(as_json), contextlib.ExitStack() as stack:
-        contestants = [_enter(stack, model, target, threads) for target in targets]
-        signature = contestants[0].artifact.signature
-        inputs = random_inputs(signature, sizes, seed)
-        batch = batch_size(signature, sizes)
-        _compare_answers(contestants, inputs)
-        _measure(contestants, inputs, effort)
-    results = [_result(contestant, contestants[0], batch) for contestant in contestants]
-    if as_json:
-        print_json(_document(model, inputs, batch, effort, seed, results))
-    else:
-        _show(model, inputs, batch, contestants, results)
-
-
-def _enter(stack: contextlib.ExitStack, model: Path, target: str | None, threads: int | None) -> Contestant:
-    import accelrt
-
-    artifact = open_or_compile(model, target, None if threads is None else {"threads": threads})
-    session = stack.enter_context(accelrt.load(artifact))
-    obeys = hasattr(candidate_of(artifact).engine.options, "threads")
-    return Contestant(artifact.placement.target, artifact, session, threads if obeys else None)
-
-
-def batch_size(signature: Signature, sizes: Mapping[str, int]) -> int:
-    """Return the first dimension, where all inputs and outputs share it and are more than vectors; else 1."""
-    from accelrt.graph.types import TensorType
-
-    firsts: set[int | str] = set()
-    for port in (*signature.inputs, *signature.outputs):
-        shape = port.type.shape if isinstance(port.type, TensorType) else None
-        if shape is None or len(shape) < 2 or shape[0] is None:
-            return 1
-        firsts.add(shape[0])
-    if len(firsts) != 1:
-        return 1
-    (first,) = firsts
-    return first if isinstance(first, int) else sizes.get(first, 1)
-
-
-def _compare_answers(contestants: Sequence[Contestant], inputs: Mapping[str, Value]) -> None:
-    """Record how far each target's answer is from the first one's: a faster wrong answer is worth nothing."""
-    first = contestants[0].session.predict(inputs)
-    for contestant in contestants[1:]:
-        contestant.difference = _largest_difference(first, contestant.session.predict(inputs))
-
-
-def _largest_difference(first: Mapping[str, Value], other: Mapping[str, Value]) -> float | None:
-    """Return the largest absolute difference between numbers; None where there is nothing to subtract."""
-    import numpy as np
-
-    from accelrt.cli.values import plain_array
-
-    largest: float | None = None
-    for name, value in first.items():
-        if not isinstance(value, np.ndarray) or value.dtype.kind in "OUc" or not value.size:
-            continue
-        a, b = plain_array(value), plain_array(other[name])
-        if a.shape != b.shape:
-            return float("inf")
-        same = (a == b) | ((a != a) & (b != b))
-        gap = np.where(same, 0.0, np.abs(a.astype(np.float64) - b.astype(np.float64)))
-        largest = max(largest or 0.0, float(np.where(np.isnan(gap), np.inf, gap).max()))
-    return largest
-
-
-def _measure(contestants: Sequence[Contestant], inputs: Mapping[str, Value], effort: Effort) -> None:
-    for contestant in contestants:
-        for _ in range(effort.warmup):
-            contestant.session.predict(inputs)
-    rounds = ROUNDS if effort.number is None else min(ROUNDS, effort.number)
-    for index in range(rounds):
-        for contestant in contestants:
-            contestant.session.predict(inputs)
-            if effort.number is None:
-                _measure_for(contestant, inputs, effort.seconds / rounds)
-            else:
-                # So that all rounds together make exactly `number` calls.
-                _measure_calls(
-                    contestant, inputs, effort.number * (index + 1) // rounds - effort.number * index // rounds
-                )
-
-
-def _measure_for(contestant: Contestant, inputs: Mapping[str, Value], seconds: float) -> None:
-    end = time.perf_counter() + seconds
-    _measure_calls(contestant, inputs, 1)
-    while time.perf_counter() < end:
-        _measure_calls(contestant, inputs, 1)
-
-
-def _measure_calls(contestant: Contestant, inputs: Mapping[str, Value], calls: int) -> None:
-    predict, clock, record = contestant.session.predict, time.perf_counter_ns, contestant.nanoseconds.append
-    for _ in range(calls):
-        start = clock()
-        predict(inputs)
-        record(clock() - start)
-
-
-def _result(contestant: Contestant, first: Contestant, batch: int) -> dict[str, Any]:
-    import numpy as np
-
-    times = np.array(contestant.nanoseconds) / 1e6
-    candidate = candidate_of(contestant.artifact)
-    placement = contestant.artifact.placement
-    difference = contestant.difference
-    return {
-        "target": contestant.target,
-        "engine": placement.primary,
-        "version": candidate.engine.status().version,
-        "nature": candidate.engine.caps.nature,
-        "precision": sorted({segment.precision for segment in placement.segments}),
-        "threads": contestant.threads,
-        "n": len(times),
-        "mean_ms": float(times.mean()),
-        "min_ms": float(times.min()),
-        **latency(contestant.nanoseconds),
-        "max_ms": float(times.max()),
-        "throughput_per_s": batch * 1000 / float(times.mean()),
-        "ratio": float(np.median(first.nanoseconds) / np.median(contestant.nanoseconds)),
-        "max_difference": None if difference is None else number_or_text(difference),
-        "nodes_by_engine": placement.nodes_by_engine,
-    }
-
-
-def latency(nanoseconds: Sequence[int]) -> dict[str, float]:
-    """Return percentiles in milliseconds by name: ``p50_ms``."""
-    import numpy as np
-
-    values = np.percentile(np.array(nanoseconds) / 1e6, PERCENTILES)
-    return {f"p{percent}_ms": float(value) for percent, value in zip(PERCENTILES, values, strict=True)}
-
-
-def _document(
-    model: Path, inputs: Mapping[str, Value], batch: int, effort: Effort, seed: int, results: list[dict[str, Any]]
-) -> dict[str, Any]:
-    import accelrt
-
-    return {
-        "accelrt": accelrt.__version__,
-        "model": str(model),
-        "inputs": {name: _kind(value) for name, value in inputs.items()},
-        "batch": batch,
-        "warmup": effort.warmup,
-        "number": effort.number,
-        "seconds": effort.seconds if effort.number is None else None,
-        "seed": seed,
-        "devices": _devices(results),
-        "results": results,
-    }
-
-
-def _kind(value: Value) -> str:
-    return f"list of {len(value)}" if isinstance(value, list) else f"{value.dtype}{list(value.shape)}"
-
-
-def _devices(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the description of each device that results may have come from, by name."""
-    from accelrt.registry import REGISTRY
-
-    engines = {engine for result in results for engine in (result["engine"], *result["nodes_by_engine"])}
-    backends = sorted({engine.partition("/")[0] for engine in engines})
-    return {device.name: device.description for name in backends for device in REGISTRY.backend(name).devices()}
-
-
-def _show(
-    model: Path,
-    inputs: Mapping[str, Value],
-    batch: int,
-    contestants: Sequence[Contestant],
-    results: Sequence[Mapping[str, Any]],
-) -> None:
-    console = out()
-    shapes = ", ".join(f"{name} {_kind(value)}" for name, value in inputs.items())
-    console.print(f"{model}: {shapes or 'no inputs'}; batch {batch}", soft_wrap=True)
-    for name, description in _devices(results).items():
-        console.print(f"{name}: {description}", soft_wrap=True)
-    table = plain_table()
-    table.add_column("target", overflow="fold")
-    for heading in ("n", "mean", *(f"p{percent}" for percent in PERCENTILES), "per s", "ratio"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for result in results:
-        table.add_row(*_row(result))
-    console.print(table)
-    console.print("Latency is in milliseconds; the ratio is that of medians, and more is faster.")
-    for contestant, result in zip(contestants, results, strict=True):
-        console.print(_remarks(contestant, result), soft_wrap=True)
-
-
-def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        result["target"] + mark_of(result["nature"]),
-        str(result["n"]),
-        milliseconds(result["mean_ms"]),
-        *(milliseconds(result[f"p{percent}_ms"]) for percent in PERCENTILES),
-        f"{result['throughput_per_s']:,.0f}"
-        if result["throughput_per_s"] >= 100
-        else f"{result['throughput_per_s']:.2f}",
-        f"{result['ratio']:.3g}x",
+    asked = Asked(
+        scenario=None if scenario is None else scenario.value,
+        qps=qps,
+        bound_s=None if latency_bound is None else parse_duration(latency_bound, "--latency-bound"),
+        percentile=percentile,
+        samples_per_query=samples_per_query,
+        sweep=sweep,
+        driver=driver.value,
+        warmup=warmup,
+        number=number,
+        seconds=seconds,
+        seed=seed,
     )
+    _check(asked, number, seconds)
+    if plot is not None:
+        from accelrt.plots.page import check_name
+
+        check_name(plot)
+    if candidates:
+        _candidates(model, plot, as_json, [backend, scenario, number, seconds, option, threads])
+        return
+    options: dict[str, Any] = engine_options(option)
+    if threads is not None:
+        options["threads"] = threads
+    sizes = dimensions(dim)
+    targets: Sequence[str | None] = backend or [None]
+    if scenario is None:
+        effort = Effort(warmup, number, seconds if seconds is not None else SECONDS)
+        document = compare(model, targets, options, sizes, effort, seed, as_json)
+    else:
+        document = run_scenario(model, targets, options, sizes, asked, as_json)
+    _deliver(document, plot, as_json)
 
 
-def _remarks(contestant: Contestant, result: Mapping[str, Any]) -> Text:
-    """Return where a target ran, with how many threads, and how far its answer is from the first target's."""
-    from rich.text import Text
+def _check(asked: Asked, number: int | None, seconds: float | None) -> None:
+    """Refuse options that do not go together.
 
-    text = Text.assemble(f"{contestant.target} ({result['version']}): nodes: ", where_it_runs(contestant.artifact))
-    if contestant.threads is not None:
-        text.append(f"; {contestant.threads} thread{'s' if contestant.threads > 1 else ''}")
-    if (difference := result["max_difference"]) is not None:
-        shown = difference if isinstance(difference, str) else f"{difference:.1e}"
-        text.append(f"; largest difference from the first target {shown}")
-    return text
+    Raises:
+        typer.BadParameter: Some do not.
+    """
+    if asked.scenario is None:
+        if number is not None and seconds is not None:
+            raise typer.BadParameter("Give calls or seconds, not both.", param_hint="--number")
+        if asked.driver != "auto" or asked.percentile is not None:
+            raise typer.BadParameter("A driver or a percentile needs a scenario.", param_hint="--scenario")
+    if asked.scenario != "server":
+        if asked.qps is not None or asked.bound_s is not None or asked.sweep:
+            raise typer.BadParameter(
+                "A rate, a latency bound and a sweep need --scenario server.", param_hint="--scenario"
+            )
+    elif asked.bound_s is None:
+        raise typer.BadParameter(f"The server scenario needs a bound: {_UNITS}.", param_hint="--latency-bound")
+    elif asked.sweep == (asked.qps is not None):
+        raise typer.BadParameter(
+            "The server scenario needs either a rate or --sweep, which finds one.", param_hint="--qps"
+        )
+    if asked.samples_per_query is not None and asked.scenario != "multi-stream":
+        raise typer.BadParameter("Samples per query need --scenario multi-stream.", param_hint="--samples-per-query")
+    if asked.scenario == "offline" and asked.percentile is not None:
+        raise typer.BadParameter("The offline scenario has no percentile.", param_hint="--percentile")
 
 
-def milliseconds(value: float) -> str:
-    """Return a latency with three or so digits."""
-    return f"{value:.4f}" if value < 1 else f"{value:.3f}" if value < 10 else f"{value:.2f}"
+def _candidates(model: Path, plot: Path | None, as_json: bool, others: Sequence[object]) -> None:
+    from accelrt.cli.bench_plots import show_candidates
+
+    if any(other is not None for other in others):
+        raise typer.BadParameter("--candidates goes with --plot and --json alone.", param_hint="--candidates")
+    show_candidates(model, plot, as_json)
+
+
+def _deliver(document: Mapping[str, Any], plot: Path | None, as_json: bool) -> None:
+    """Draw what was measured, then print it: if drawing fails, there must be no second document."""
+    if plot is not None:
+        from accelrt.cli.bench_plots import plot_document
+
+        plot_document(document, plot, as_json)
+    if as_json:
+        print_json(document)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from accelrt.cli.bench import latency, milliseconds
+from accelrt.cli.bench_compare import latency, milliseconds
 from accelrt.cli.common import (
     FAILED,
     BackendsOption,
