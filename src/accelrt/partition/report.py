@@ -57,11 +57,19 @@ class SegmentPlace:
 
 
 @dataclass(frozen=True, slots=True)
+class WholePlace:
+    """That a model runs whole, in its framework's own ``format``, and the ``reason`` why."""
+
+    format: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Where a model runs.
 
     ``target`` is what was asked for, ``primary`` the engine that it stands for, ``precision`` what that one was asked
-    to compute in, None for its default.
+    to compute in, None for its default. A model that runs whole is one segment without nodes; ``whole`` says why.
     """
 
     target: str
@@ -69,6 +77,7 @@ class Placement:
     segments: tuple[SegmentPlace, ...]
     refusals: tuple[Refusal, ...]
     precision: str | None = None
+    whole: WholePlace | None = None
 
     @property
     def nodes_by_engine(self) -> dict[str, int]:
@@ -99,8 +108,9 @@ class Placement:
     def to_json(self) -> dict[str, Any]:
         """Return plain data that `from_json` reads back."""
         data = asdict(self)
-        if self.precision is None:
-            del data["precision"]
+        for name in ("precision", "whole"):
+            if data[name] is None:
+                del data[name]
         return data
 
     @classmethod
@@ -116,6 +126,7 @@ class Placement:
             tuple(_segment(segment) for segment in data["segments"]),
             tuple(Refusal(*_texts(refusal, "node", "kind", "engine", "reason")) for refusal in data["refusals"]),
             _texts(data, "precision")[0] if "precision" in data else None,
+            WholePlace(*_texts(data["whole"], "format", "reason")) if "whole" in data else None,
         )
 
     def render(self, *, reasons: int = 20) -> RenderableType:
@@ -131,7 +142,8 @@ class Placement:
         total = sum(self.nodes_by_engine.values())
         # Names come from models and hold brackets, which rich would take for markup: `Text` keeps it from that.
         asked = "" if self.precision is None else f" in {self.precision}"
-        title = Text(f"{self.target}{asked}: {_count(total, 'node')} in {_count(len(self.segments), 'segment')}")
+        count = _count(total, "node") if self.whole is None else "the whole model"
+        title = Text(f"{self.target}{asked}: {count} in {_count(len(self.segments), 'segment')}")
         table = Table(title=title, title_justify="left")
         for heading in ("#", "engine", "precision"):
             table.add_column(heading, no_wrap=True)
@@ -146,11 +158,11 @@ class Placement:
                     style="" if self._as_asked(segment) else "yellow",
                 ),
                 Text(segment.precision),
-                str(len(segment.nodes)),
+                str(len(segment.nodes)) if self.whole is None else "all",
                 human_bytes(segment.weight_bytes),
                 human_bytes(segment.bytes_in),
                 human_bytes(segment.bytes_out),
-                Text(_operators(segment.nodes)),
+                Text(_operators(segment.nodes) if self.whole is None else f"whole, as {self.whole.format}"),
             )
         parts: list[RenderableType] = [table, Text(self._summary(total))]
         if groups := self._groups():
@@ -158,6 +170,9 @@ class Placement:
         return Group(*parts)
 
     def _summary(self, total: int) -> str:
+        if self.whole is not None:
+            engines = ", ".join(segment.engine for segment in self.segments)
+            return f"The model runs whole on {engines}, because {self.whole.reason}"
         if not total:
             return "The model computes nothing: its outputs are its inputs."
         shares = ", ".join(
