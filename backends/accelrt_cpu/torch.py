@@ -8,7 +8,6 @@ operator by operator.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,8 +33,6 @@ from accelrt.graph.node import Node
 from accelrt.graph.types import Signature, TensorType
 from accelrt_cpu.isa import instruction_set
 from accelrt_cpu.whole_files import first_line, keep, status_of
-
-logger = logging.getLogger("accelrt")
 
 _CHILD = "accelrt_cpu.torch_child"
 _COMPILE_S = 1800.0
@@ -106,20 +103,21 @@ class TorchEngine(Engine):
         if job.precision == "bf16":
             _check_rounded(job)
         files = {WHOLE_FILES[job.format]: keep(job.model, out)}
+        remark = "compiled by AOTInductor"
         if (reason := self._package(job, out)) is None:
             files |= {name: out / name for name in (_PACKAGE, _LIMITS)}
         elif job.options.inductor:
             raise CompileError(f"cpu/torch cannot compile by AOTInductor: {reason}.", backend=self.name)
-        elif job.options.inductor is None:
-            logger.info("cpu/torch runs the model operator by operator: %s", reason)
-        return Program(files, self.fingerprint(), job.signature, job.options, job.precision)
+        else:
+            remark = f"operator by operator: {reason}"
+        return Program(files, self.fingerprint(), job.signature, job.options, job.precision, remark)
 
     def _package(self, job: CompileJob, out: Path) -> str | None:
         """Compile a program to machine code; return why not, None if it was done."""
         if job.options.inductor is False:
             return "inductor=False"
         if job.format != _EXPORT or job.precision != "fp32":
-            return f"it takes exported programs in fp32, not {job.format} in {job.precision}"
+            return f"AOTInductor takes exported programs in fp32, and this is {job.format} in {job.precision}"
         try:
             facts = isolation.call(
                 f"{_CHILD}:package", timeout_s=_COMPILE_S, model=str(job.model), target=str(out / _PACKAGE)

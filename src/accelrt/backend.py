@@ -131,6 +131,7 @@ class Program:
     ``files`` maps the names the engine gave to where the files are now: an artifact keeps them under names of its own,
     all in one folder, with the weights of every ONNX file among them in a shared ``weights.bin`` beside it.
     ``fingerprint`` is compared with `Engine.fingerprint` before a program is loaded. ``precision`` is that of the job.
+    ``remark`` says how a whole source runs, for `explain`: compiled or not, and why.
     """
 
     files: Mapping[str, Path]
@@ -138,6 +139,7 @@ class Program:
     signature: Signature
     options: Any
     precision: Precision = "fp32"
+    remark: str = ""
 
 
 class Executable(ABC):

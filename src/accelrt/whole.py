@@ -85,9 +85,12 @@ def whole_candidates(target: Target, source: WholeSource) -> list[tuple[Candidat
 
 def _by_name(call: WholeCompile, source: WholeSource | None) -> Artifact:
     candidate = REGISTRY.candidates(call.target)[0]
+    from accelrt.sources import open_source
+
     takes = ", ".join(candidate.engine.formats)
     if source is None or not set(candidate.engine.formats) & set(source.formats):
-        found = "ONNX, or nothing that accelrt knows" if source is None else f"{', '.join(source.formats)}"
+        # What nobody knows has a better error of its own; what opens is ONNX.
+        found = open_source(call.model, call.request).format if source is None else ", ".join(source.formats)
         raise SourceError(
             f"{candidate.name} takes sources whole, as {takes}; this one is {found}.",
             hint=f"Choose another target, e.g. {CPU!r}, or pass the model in its framework's own form.",
@@ -115,11 +118,11 @@ def _instead(call: WholeCompile, source: WholeSource, failure: ConversionError) 
                 f"it cannot be converted to ONNX: {failure.message}",
             )
         except (SourceError, CompileError) as error:
-            attempts.append(f"{candidate.name}: {error.message}")
+            attempts.append(f"{candidate.name}: {error.message.rstrip('.')}")
             continue
         announce(call.fallback, f"The model ran whole on {candidate.name}, because {failure.message}")
         return artifact
-    tried = f" Nor can it run whole: {'; '.join(attempts)}" if attempts else ""
+    tried = f" Nor can it run whole: {'; '.join(attempts)}." if attempts else ""
     raise ConversionError(failure.message + tried, hint=failure.hint) from failure
 
 

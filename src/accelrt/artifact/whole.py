@@ -125,7 +125,7 @@ def _compile_into(folder: Path, model: WholeModel, request: WholeRequest, check:
         if WHOLE_FILES[model.format] not in program.files:
             raise CompileError(f"{engine.name} kept no {WHOLE_FILES[model.format]!r} among the files of its program.")
         stored = merge_program(0, program, folder, None)
-    placement = _placement(model, request)
+    placement = _placement(model, request, program.remark)
     write_placement(folder, placement.to_json())
     manifest = Manifest(
         accelrt=version("accelrt"),
@@ -155,7 +155,7 @@ def _record(request: WholeRequest, program: Program, files: Mapping[str, str]) -
     )
 
 
-def _placement(model: WholeModel, request: WholeRequest) -> Placement:
+def _placement(model: WholeModel, request: WholeRequest, remark: str) -> Placement:
     candidate = request.candidate
     segment = SegmentPlace(
         candidate.name,
@@ -167,7 +167,7 @@ def _placement(model: WholeModel, request: WholeRequest) -> Placement:
         _total(model.signature.inputs),
         _total(model.signature.outputs),
     )
-    place = WholePlace(model.format, request.reason)
+    place = WholePlace(model.format, request.reason, remark)
     return Placement(request.target, candidate.name, (segment,), (), request.asked, place)
 
 

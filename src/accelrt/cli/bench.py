@@ -21,6 +21,7 @@ from accelrt.cli.common import (
     JsonFlag,
     SeedOption,
     TracebackFlag,
+    TrustFlag,
     candidate_of,
     dimensions,
     guarded,
@@ -82,6 +83,7 @@ def bench(
         typer.Option("--threads", "-t", help="Threads of each engine that can be told; else its own choice.", min=1),
     ] = None,
     seed: SeedOption = 0,
+    trust: TrustFlag = False,
     dim: DimOption = None,
     as_json: JsonFlag = False,
     traceback: TracebackFlag = False,
@@ -97,7 +99,7 @@ def bench(
     effort = Effort(warmup, number, seconds if seconds is not None else SECONDS)
     targets: Sequence[str | None] = backend or [None]
     with working(as_json), contextlib.ExitStack() as stack:
-        contestants = [_enter(stack, model, target, threads) for target in targets]
+        contestants = [_enter(stack, model, target, threads, trust) for target in targets]
         signature = contestants[0].artifact.signature
         inputs = random_inputs(signature, sizes, seed)
         batch = batch_size(signature, sizes)
@@ -110,10 +112,12 @@ def bench(
         _show(model, inputs, batch, contestants, results)
 
 
-def _enter(stack: contextlib.ExitStack, model: Path, target: str | None, threads: int | None) -> Contestant:
+def _enter(
+    stack: contextlib.ExitStack, model: Path, target: str | None, threads: int | None, trust: bool
+) -> Contestant:
     import accelrt
 
-    artifact = open_or_compile(model, target, None if threads is None else {"threads": threads})
+    artifact = open_or_compile(model, target, None if threads is None else {"threads": threads}, trust=trust)
     session = stack.enter_context(accelrt.load(artifact))
     obeys = hasattr(candidate_of(artifact).engine.options, "threads")
     return Contestant(artifact.placement.target, artifact, session, threads if obeys else None)

@@ -58,10 +58,14 @@ class SegmentPlace:
 
 @dataclass(frozen=True, slots=True)
 class WholePlace:
-    """That a model runs whole, in its framework's own ``format``, and the ``reason`` why."""
+    """That a model runs whole, in its framework's own ``format``, and the ``reason`` why.
+
+    ``remark`` is what the engine says of how it runs, if it says anything.
+    """
 
     format: str
     reason: str
+    remark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,7 @@ class Placement:
             tuple(_segment(segment) for segment in data["segments"]),
             tuple(Refusal(*_texts(refusal, "node", "kind", "engine", "reason")) for refusal in data["refusals"]),
             _texts(data, "precision")[0] if "precision" in data else None,
-            WholePlace(*_texts(data["whole"], "format", "reason")) if "whole" in data else None,
+            WholePlace(*_texts(data["whole"], "format", "reason", "remark")) if "whole" in data else None,
         )
 
     def render(self, *, reasons: int = 20) -> RenderableType:
@@ -172,7 +176,8 @@ class Placement:
     def _summary(self, total: int) -> str:
         if self.whole is not None:
             engines = ", ".join(segment.engine for segment in self.segments)
-            return f"The model runs whole on {engines}, because {self.whole.reason}"
+            how = f" ({self.whole.remark})" if self.whole.remark else ""
+            return f"The model runs whole on {engines}{how}, because {self.whole.reason}"
         if not total:
             return "The model computes nothing: its outputs are its inputs."
         shares = ", ".join(

@@ -52,7 +52,8 @@ def _of_folder(saved: str, asked: str | None, source: str) -> dict[str, Any]:
 
     from accelrt.sources.tensorflow_live import bytes_of, choose_signature, port_of
 
-    signatures = tf.saved_model.load(saved).signatures
+    model = tf.saved_model.load(saved)  # held: its variables go with it
+    signatures = model.signatures
     choice = choose_signature(signatures, asked, source)
     function = signatures[choice]
     arguments = sorted(function.structured_input_signature[1].items())
