@@ -36,7 +36,7 @@ from accelrt_cpu.whole_files import first_line, keep, status_of
 
 _CHILD = "accelrt_cpu.torch_child"
 _COMPILE_S = 1800.0
-_PACKAGE, _LIMITS = "compiled.pt2", "compiled.json"
+_PACKAGE, _SIZES = "compiled.pt2", "compiled.json"
 _EXPORT, _SCRIPT = "torch.export", "torchscript"
 MAX_THREADS = 256
 
@@ -105,7 +105,7 @@ class TorchEngine(Engine):
         files = {WHOLE_FILES[job.format]: keep(job.model, out)}
         remark = "compiled by AOTInductor"
         if (reason := self._package(job, out)) is None:
-            files |= {name: out / name for name in (_PACKAGE, _LIMITS)}
+            files |= {name: out / name for name in (_PACKAGE, _SIZES)}
         elif job.options.inductor:
             raise CompileError(f"cpu/torch cannot compile by AOTInductor: {reason}.", backend=self.name)
         else:
@@ -127,7 +127,7 @@ class TorchEngine(Engine):
             return error.message.rstrip(".")
         if "refused" in facts:
             return str(facts["refused"])
-        (out / _LIMITS).write_text(json.dumps(facts["limits"]))
+        (out / _SIZES).write_text(json.dumps(facts))
         return None
 
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
@@ -136,8 +136,8 @@ class TorchEngine(Engine):
         threads, bf16 = program.options.threads, program.precision == "bf16"
         try:
             if _PACKAGE in program.files:
-                limits = json.loads(program.files[_LIMITS].read_bytes())
-                return open_package(program.files[_PACKAGE], program.signature, threads, limits)
+                sizes = json.loads(program.files[_SIZES].read_bytes())
+                return open_package(program.files[_PACKAGE], program.signature, threads, sizes)
             if (path := program.files.get(WHOLE_FILES[_EXPORT])) is not None:
                 return open_program(path, program.signature, threads, bf16)
             return open_script(program.files[WHOLE_FILES[_SCRIPT]], program.signature, threads, bf16)

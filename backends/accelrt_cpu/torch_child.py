@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 from accelrt.errors import CompileError
+from accelrt_cpu.torch_runtime import writes
 
 _COMPILERS = ("g++", "clang++", "c++")
 # Operators whose result may be their argument's memory, besides those whose schema says so.
@@ -34,8 +35,8 @@ def package(*, model: str, target: str) -> dict[str, Any]:
     """Compile an exported program to machine code.
 
     Returns:
-        ``limits``: for each symbolic dimension its least and greatest size, None for no limit. ``refused`` instead: why
-        the compiled form would not be safe, or not the same.
+        ``shapes``: for each input its sizes, a name for each that is open; ``limits``: for each name the least and the
+        greatest size, None for no limit. ``refused`` instead: why the compiled form would not be safe.
 
     Raises:
         CompileError: Inductor or its compiler failed.
@@ -58,28 +59,36 @@ def package(*, model: str, target: str) -> dict[str, Any]:
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise CompileError(f"AOTInductor: {type(error).__name__}: {' '.join(lines[:2])[:400]}") from error
-    return {"limits": {str(name): _limits(span) for name, span in program.range_constraints.items()}}
+    return {
+        "shapes": [[size if isinstance(size, int) else str(size) for size in shape] for shape in _shapes(program)],
+        "limits": {str(name): _limits(span) for name, span in program.range_constraints.items()},
+    }
 
 
 def _limits(span: Any) -> list[int | None]:
     low, high = (int(end) if end.is_Integer and abs(int(end)) < 1 << 62 else None for end in (span.lower, span.upper))
-    return [low, high]
+    # torch assumes of every open size that it is 2 or more, and means by it that it is no constant 0 or 1.
+    return [low if low is not None and low > 2 else None, high]
+
+
+def _shapes(program: Any) -> list[Any]:
+    """Return the shape of each input that is a tensor."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    specs = [spec for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    return [values[spec.arg.name].shape for spec in specs if type(spec.arg).__name__ == "TensorArgument"]
 
 
 def _unsafe(program: Any) -> str | None:
     """Return why compiled code must not be used for a program: it checks nothing that torch itself would check."""
     signature = program.graph_signature
-    if any(result.kind.name != "USER_OUTPUT" for result in signature.output_specs):
-        return "it writes to its inputs"
+    if writes(program):
+        return "it has operators that work in place"
     if any(type(result.arg).__name__ != "TensorArgument" for result in signature.output_specs):
         return "it returns other things than tensors"
     nodes = {node.name: node for node in program.graph.nodes}
-    for spec in signature.input_specs:
-        if spec.kind.name != "USER_INPUT" or type(spec.arg).__name__ != "TensorArgument":
-            continue
-        for size in nodes[spec.arg.name].meta["val"].shape:
-            if not isinstance(size, int) and not str(size).isidentifier():
-                return f"an input has the size {size}, which compiled code does not check"
+    for size in (size for shape in _shapes(program) for size in shape):
+        if not isinstance(size, int) and not str(size).isidentifier():
+            return f"an input has the size {size}, which compiled code does not check"
     users = {spec.arg.name for spec in signature.input_specs if spec.kind.name == "USER_INPUT"}
     for result in signature.output_specs:
         origin = _origin(nodes[result.arg.name])

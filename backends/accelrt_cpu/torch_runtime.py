@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ def open_program(path: Path, signature: Signature, threads: int, bf16: bool) -> 
     program = torch.export.load(path)
     module = program.module()
     held = (*program.state_dict.values(), *program.constants.values())
-    mutates = any(result.kind.name == "USER_INPUT_MUTATION" for result in program.graph_signature.output_specs)
     arguments = _arguments(program)
     in_spec = program.call_spec.in_spec
 
@@ -42,7 +41,16 @@ def open_program(path: Path, signature: Signature, threads: int, bf16: bool) -> 
         return [leaf for leaf, kept in zip(returned, results, strict=True) if kept]
 
     results = _results(program)
-    return Resident(call, signature, held, threads=threads, bf16=bf16, copies_inputs=mutates)
+    return Resident(call, signature, held, threads=threads, bf16=bf16, copies_inputs=writes(program))
+
+
+def writes(program: Any) -> bool:
+    """Tell whether an exported program has an operator that works in place, and so might write to an input."""
+    if any(result.kind.name == "USER_INPUT_MUTATION" for result in program.graph_signature.output_specs):
+        return True
+    graphs = (module.graph for module in program.graph_module.modules() if hasattr(module, "graph"))
+    schemas = (getattr(node.target, "_schema", None) for graph in graphs for node in graph.nodes)
+    return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 def _arguments(program: Any) -> list[tuple[bool, Any]]:
@@ -90,50 +98,50 @@ def _writes(graph: Any) -> bool:
     return False
 
 
-def open_package(
-    path: Path, signature: Signature, threads: int, limits: Mapping[str, Sequence[int | None]]
-) -> Executable:
+def open_package(path: Path, signature: Signature, threads: int, sizes: Mapping[str, Any]) -> Executable:
     """Make a package of AOTInductor resident.
 
     Args:
         path: The package.
         signature: Of the model.
         threads: As for `Resident`.
-        limits: The least and the greatest size of each symbolic dimension, None for no limit. Compiled code does not
-            check, and reads past the end of what is too small.
+        sizes: What `accelrt_cpu.torch_child.package` returned. Compiled code checks nothing, and reads past the end of
+            what is too small.
     """
     import torch
 
     loader = torch._inductor.aoti_load_package(str(path)).loader
     resident = Resident(loader.boxed_run, signature, (), threads=threads, bf16=False, copies_inputs=False)
-    resident.check = _Sizes(signature, limits)
+    resident.check = _Sizes(signature, sizes)
     return resident
 
 
 class _Sizes:
     """Checks that symbolic dimensions agree with each other and with their limits."""
 
-    def __init__(self, signature: Signature, limits: Mapping[str, Sequence[int | None]]) -> None:
-        self._limits = {name: (low or 0, high) for name, (low, high) in limits.items()}
+    def __init__(self, signature: Signature, sizes: Mapping[str, Any]) -> None:
+        self._limits = {name: (low or 0, high) for name, (low, high) in sizes["limits"].items()}
         self._axes = [
             (port.name, axis, dim)
-            for port in signature.inputs
-            if isinstance(port.type, TensorType)
-            for axis, dim in enumerate(port.type.shape or ())
+            for port, shape in zip(signature.inputs, sizes["shapes"], strict=True)
+            for axis, dim in enumerate(shape)
             if isinstance(dim, str)
         ]
 
     def __call__(self, inputs: Mapping[str, Value]) -> None:
-        seen: dict[str, int] = {}
+        seen: dict[str, tuple[int, str, int]] = {}
         for name, axis, dim in self._axes:
             size = inputs[name].shape[axis]
-            if seen.setdefault(dim, size) != size:
-                raise ValueError(f"dimension {axis} of {name!r} is {size}, and {dim} is {seen[dim]} elsewhere")
+            other, where, place = seen.setdefault(dim, (size, name, axis))
+            if other != size:
+                raise ValueError(
+                    f"dimension {axis} of {name!r} is {size}; the model takes what dimension {place} of {where!r} is, "
+                    f"{other}"
+                )
             low, high = self._limits.get(dim, (0, None))
             if size < low or (high is not None and size > high):
-                raise ValueError(
-                    f"dimension {axis} of {name!r} is {size}; the model takes {low} to {high or 'any size'}"
-                )
+                upper = "any size" if high is None else high
+                raise ValueError(f"dimension {axis} of {name!r} is {size}; the model takes {low} to {upper}")
 
 
 class Resident(Executable):

@@ -88,7 +88,7 @@ def _write_module(
         if _EXPORT in accepted:
             for strict in (False, True):
                 try:
-                    program = _exported(model, args, kwargs, request, strict)
+                    program = _exported(model, args, kwargs, request.options.dynamic_shapes, strict)
                 except Exception as error:  # noqa: BLE001 - torch raises every kind of exception; all are told below
                     failures.append(f"torch.export, strict={strict}: {cause_of(error)}")
                     continue
@@ -97,6 +97,8 @@ def _write_module(
                 except SourceError as error:
                     failures.append(f"torch.export: {error.message}")
                     break
+            if failures and request.options.dynamic_shapes is not None:
+                _blame_shapes(model, args, kwargs, source, failures)
         if _SCRIPT in accepted:
             for name, capture in (("torch.jit.script", _scripted), ("torch.jit.trace", _traced)):
                 try:
@@ -114,11 +116,24 @@ def _write_module(
     )
 
 
-def _exported(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], request: SourceRequest, strict: bool) -> Any:
+def _exported(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, strict: bool) -> Any:
     import torch
 
-    shapes = _without_labels(request.options.dynamic_shapes)
-    return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
+    # Of their own, because torch marks open dimensions on the tensors themselves.
+    args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    return torch.export.export(model, args, kwargs, dynamic_shapes=_without_labels(shapes), strict=strict)
+
+
+def _blame_shapes(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: str, failures: list[str]) -> None:
+    """Raise if a module can be exported but for its open dimensions: TorchScript would take them, and fail later."""
+    try:
+        _exported(model, args, kwargs, None, strict=False)
+    except Exception:  # noqa: BLE001 - then the dimensions are not what is wrong
+        return
+    raise SourceError(
+        f"{source} cannot be captured with the dimensions that are to stay open. {failures[0]}",
+        hint="Remove them from dynamic_shapes, or change the code that needs these very sizes.",
+    )
 
 
 def _without_labels(shapes: Any) -> Any:
@@ -199,12 +214,13 @@ def _signature_of(program: Any, request: SourceRequest, source: str, parameters:
         if not isinstance(spec.arg, TensorArgument):
             raise SourceError(f"{source} takes {spec.arg.name!r}, which is no tensor.", hint="Pass it as a tensor.")
         inputs.append(spec.arg.name)
-    outputs = []
-    for result in program.graph_signature.output_specs:
+    for result in _without_writes(program).graph_signature.output_specs:
         if result.kind is OutputKind.BUFFER_MUTATION:
             raise SourceError(
                 f"{source} changes its buffer {result.target!r} when it runs, so calls would depend on each other."
             )
+    outputs = []
+    for result in program.graph_signature.output_specs:
         if result.kind is OutputKind.USER_OUTPUT and not isinstance(result.arg, ConstantArgument):
             outputs.append(result.arg.name)
     labels: dict[str, str] = {}
@@ -224,6 +240,15 @@ def _signature_of(program: Any, request: SourceRequest, source: str, parameters:
         for side, found in zip(names, (inputs, outputs), strict=True)
     ]
     return Signature(*ports)
+
+
+def _without_writes(program: Any) -> Any:
+    """Return a program whose signature tells what it writes to: operators that work in place do not show there."""
+    graphs = (module.graph for module in program.graph_module.modules() if hasattr(module, "graph"))
+    schemas = (getattr(node.target, "_schema", None) for graph in graphs for node in graph.nodes)
+    if any(schema is not None and schema.is_mutable for schema in schemas):
+        return program.run_decompositions({})
+    return program
 
 
 def _type_of(value: Any, labels: Mapping[str, str], source: str) -> TensorType:
