@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from accelrt.backend import WHOLE_FILES
@@ -131,7 +132,7 @@ def _blame_shapes(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sou
     except Exception:  # noqa: BLE001 - then the dimensions are not what is wrong
         return
     raise SourceError(
-        f"{source} cannot be captured with the dimensions that are to stay open. {failures[0]}",
+        f"{source} cannot be captured with the dimensions that are to stay open. {shorten(failures[0], 240)}",
         hint="Remove them from dynamic_shapes, or change the code that needs these very sizes.",
     )
 
