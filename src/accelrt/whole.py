@@ -104,6 +104,10 @@ def _by_name(call: WholeCompile, source: WholeSource | None) -> Artifact:
 
 def _instead(call: WholeCompile, source: WholeSource, failure: ConversionError) -> Artifact:
     """Run a model that does not convert on the first engine that takes it whole."""
+    from accelrt.verification import as_verification
+
+    if as_verification(call.verify) is not None:
+        raise _nothing_to_hold_against(failure) from failure
     attempts: list[str] = []
     for candidate, problem in whole_candidates(call.target, source):
         if problem is not None:
@@ -170,8 +174,12 @@ def _check(call: WholeCompile) -> Check | None:
     try:
         graph = open_source(call.model, call.request).graph
     except ConversionError as error:
-        raise OptionError(
-            f"verify holds the outputs against the model as ONNX, and it does not convert: {error.message}",
-            hint="Leave verify out.",
-        ) from error
+        raise _nothing_to_hold_against(error) from error
     return Verifier(graph, wanted, cache=call.cache).check()
+
+
+def _nothing_to_hold_against(failure: ConversionError) -> OptionError:
+    return OptionError(
+        f"verify holds the outputs against the model as ONNX, and it does not convert: {failure.message}",
+        hint="Leave verify out.",
+    )

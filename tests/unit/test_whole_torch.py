@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
@@ -171,6 +173,26 @@ def test_missing_examples_are_still_what_is_missing() -> None:
             accelrt.compile(Singular(), target)
 
 
+def test_torchscript_that_returns_what_its_exporter_cannot(tmp_path: Path) -> None:
+    class Named(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+            if bool(x.sum() > 0):
+                return {"low": x, "high": x + y}
+            return {"low": x - y, "high": y}
+
+    torch.jit.script(Named()).save(str(tmp_path / "named.pt"))
+    with accelrt.load(
+        tmp_path / "named.pt", fallback="allow", example_inputs=(torch.ones(2), torch.ones(2))
+    ) as session:
+        assert session.stats().engines == ("cpu/torch",)
+        assert session.signature.output_names == ("low", "high")
+        for x in (np.ones(2, np.float32), -np.ones(2, np.float32)):
+            y = np.full(2, 3, np.float32)
+            found = session.predict({"y": y, "x": x})
+            np.testing.assert_array_equal(found["low"], x if x[0] > 0 else x - y)
+            np.testing.assert_array_equal(found["high"], x + y if x[0] > 0 else y)
+
+
 # The engine by name
 
 
@@ -200,15 +222,15 @@ def test_names_and_dimensions_are_those_of_the_converted_graph() -> None:
             return {"sum": left["a"] + left["b"], "left": right * factor, "pair": (left["a"], right)}
 
     examples = ({"a": torch.randn(2, 3), "b": torch.randn(2, 3)}, torch.randn(2, 5))
-    for model, given, options in (
+    for model, inputs, options in (
         (Named(), examples, {}),
         (Named(), {"right": examples[1], "left": examples[0]}, {}),
         (torch.nn.Linear(3, 2), (torch.randn(4, 3),), {"dynamic_shapes": {"input": {0: torch.export.Dim("rows")}}}),
         (torch.nn.Linear(3, 2), torch.randn(4, 3), {"dynamic_shapes": ({0: "rows"},)}),
     ):
-        request = SourceRequest(given, options=SourceOptions(**options))
+        request = SourceRequest(inputs, options=SourceOptions(**options))
         converted = open_source(model, request).graph.signature
-        assert whole(model, given, **options).signature == converted
+        assert whole(model, inputs, **options).signature == converted
 
 
 def test_asked_for_names_are_given() -> None:
@@ -401,10 +423,9 @@ def test_verify_holds_it_against_the_converted_model() -> None:
     artifact = accelrt.compile(torch.nn.Linear(4, 2), "cpu/torch", example_inputs=x, verify=True, options=EAGER)
     assert artifact.verification is not None
     assert artifact.verification.passed
-    with pytest.raises(OptionError, match="does not convert"):
-        accelrt.compile(
-            Singular(), "cpu/torch", example_inputs=(torch.randn(3, 4), torch.randn(4)), verify=True, options=EAGER
-        )
+    for target in ("cpu/torch", "cpu"):
+        with pytest.raises(OptionError, match="does not convert"):
+            accelrt.compile(Singular(), target, example_inputs=(torch.randn(3, 4), torch.randn(4)), verify=True)
 
 
 def test_a_failure_at_run_has_nowhere_to_go_and_says_so() -> None:
@@ -488,6 +509,38 @@ def test_compiled_code_is_kept_from_sizes_that_it_does_not_check(compiled: accel
         for rows in (2, 65):
             with pytest.raises(ExecutionError, match=f"is {rows}; the model takes 3 to 64"):
                 session.predict(halves(rows, 4), halves(4))
+
+
+def test_compiled_code_takes_calls_from_several_threads(compiled: accelrt.Artifact) -> None:
+    calls = [(halves(3 + seed % 5, 4, seed=seed), halves(4, seed=seed)) for seed in range(16)]
+    with accelrt.load(compiled) as session:
+        expected = [session.predict(*call) for call in calls]
+        for found, wanted in zip(session.map(calls), expected, strict=True):
+            for name, value in wanted.items():
+                np.testing.assert_array_equal(found[name], value)
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=3, max_size=3),
+    st.integers(0, 9),
+    st.one_of(st.none(), st.integers(0, 9)),
+)
+def test_sizes_are_taken_if_they_agree_and_are_within_their_limits(
+    sizes: list[int], low: int, high: int | None
+) -> None:
+    from accelrt.graph.types import Port, Signature, TensorType
+    from accelrt_cpu.torch_runtime import _Sizes
+
+    type_ = TensorType("float32", (None, None))
+    signature = Signature((Port("a", type_), Port("b", type_)), ())
+    check = _Sizes(signature, {"shapes": [["n", "m"], [2, "n"]], "limits": {"n": [low, high]}})
+    first, free, second = sizes
+    inputs = {"a": np.empty((first, free)), "b": np.empty((2, second))}
+    if first == second and first >= low and (high is None or first <= high):
+        check(inputs)
+    else:
+        with pytest.raises(ValueError, match="the model takes"):
+            check(inputs)
 
 
 def test_compiled_code_is_loaded_in_a_process_that_never_saw_the_model(
