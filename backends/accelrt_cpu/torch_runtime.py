@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,16 @@ def open_package(path: Path, signature: Signature, threads: int, sizes: Mapping[
     import torch
 
     loader = torch._inductor.aoti_load_package(str(path)).loader
-    resident = Resident(loader.boxed_run, signature, (), threads=threads, bf16=False, copies_inputs=False)
+    turn = threading.Lock()
+
+    def call(tensors: list[Any]) -> Iterable[Any]:
+        # The package has one runner; a second thread in it waits for that while it holds Python's own lock, and if the
+        # first one needs Python, both wait for ever.
+        with turn:
+            results: Iterable[Any] = loader.boxed_run(tensors)
+            return results
+
+    resident = Resident(call, signature, (), threads=threads, bf16=False, copies_inputs=False)
     resident.check = _Sizes(signature, sizes)
     return resident
 
