@@ -22,7 +22,7 @@ engines = [
     f"{backend.name}/{engine.name}"
     for backend in accelrt.backends()
     for engine in backend.engines
-    if engine.status.usable and engine.name != "reference"
+    if engine.status.usable and engine.takes_onnx and engine.name != "reference"
 ]
 
 

@@ -33,7 +33,7 @@ def usable_engines() -> list[str]:
         f"{backend.name}/{engine.name}"
         for backend in accelrt.backends()
         for engine in backend.engines
-        if engine.status.usable and backend.devices
+        if engine.status.usable and engine.takes_onnx and backend.devices
     ]
 
 

@@ -1,4 +1,4 @@
-"""The CPU: onnxruntime by default, OpenVINO by name, and the ONNX reference evaluator as the last resort."""
+"""The CPU: onnxruntime by default, OpenVINO by name, PyTorch and TensorFlow for whole models, ONNX's evaluator last."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from accelrt.backend import Backend, Device, Engine
 from accelrt_cpu.onnxruntime import OnnxRuntimeEngine
 from accelrt_cpu.openvino import OpenVinoEngine
 from accelrt_cpu.reference import ReferenceEngine
+from accelrt_cpu.tensorflow import TensorFlowEngine
+from accelrt_cpu.torch import TorchEngine
 
 
 class CpuBackend(Backend):
@@ -22,7 +24,13 @@ class CpuBackend(Backend):
     fallback: ClassVar[tuple[str, ...]] = ("onnxruntime", "reference")
 
     def __init__(self) -> None:
-        self.engines: tuple[Engine, ...] = (OnnxRuntimeEngine(), OpenVinoEngine(), ReferenceEngine())
+        self.engines: tuple[Engine, ...] = (
+            OnnxRuntimeEngine(),
+            OpenVinoEngine(),
+            TorchEngine(),
+            TensorFlowEngine(),
+            ReferenceEngine(),
+        )
 
     def devices(self) -> Sequence[Device]:
         return (_device(),)

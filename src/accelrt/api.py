@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from accelrt import options as option_module
 from accelrt.artifact.artifact import Artifact, is_artifact, open_artifact
-from accelrt.errors import OptionError
+from accelrt.errors import ConversionError, OptionError
 from accelrt.policy import check as check_policy
-from accelrt.registry import REGISTRY
+from accelrt.registry import REGISTRY, takes_whole
 from accelrt.sources.request import SourceRequest
 from accelrt.target import AUTO, parse_devices, requested
 from accelrt.tune.wishes import Wishes
@@ -96,7 +96,7 @@ def compile(
 
     Raises:
         TargetError, BackendUnavailable: The target is unknown or not usable; says what installs it.
-        SourceError: The model is not recognised or cannot be converted.
+        SourceError: The model is not recognised or cannot be converted, and no engine takes it whole.
         OptionError: An option nobody knows, or of the wrong type.
         UnsupportedNodes: ``fallback="error"`` and a node would leave the requested engine.
         CompileError: A node that nothing here can run.
@@ -143,12 +143,21 @@ def compile(
     from accelrt.artifact.build import BuildRequest, build
     from accelrt.runtime.inputs import bind_examples
     from accelrt.sources import open_source
+    from accelrt.whole import WholeCompile, compile_whole
 
     candidates, precisions = plan(REGISTRY.candidates(target), asked)
-    resolved = option_module.resolve(options, candidates)
+    named_whole = takes_whole(candidates[0].engine)  # nothing is converted then, and no other engine has a share
+    resolved = option_module.resolve(options, candidates[:1] if named_whole else candidates)
+    asked_of_source = SourceRequest(example_inputs, input_names, output_names, resolved.source)
+    whole = WholeCompile(model, target, asked_of_source, options, asked, policy, verify, cache, progress)
+    if named_whole:
+        return compile_whole(whole)
     if progress is not None:
         progress("reading the model", 0, 1)
-    source = open_source(model, SourceRequest(example_inputs, input_names, output_names, resolved.source))
+    try:
+        source = open_source(model, asked_of_source)
+    except ConversionError as failure:
+        return compile_whole(whole, failure)
     samples = bind_examples(source.graph.signature, example_inputs, strict=source.format == "onnx")
     check = None
     if verify is not None and verify is not False:
@@ -192,6 +201,7 @@ def load(
     fallback: str = "warn",
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    trust: bool = False,
 ) -> Session:
     """Load an artifact onto its devices; a model that is not compiled yet is compiled first.
 
@@ -203,12 +213,15 @@ def load(
             failure at run time.
         example_inputs: For a model: as for `compile`.
         options: For a model: as for `compile`.
+        trust: For the path of an artifact: let programs that run code when they are loaded do so, such as PyTorch's and
+            TensorFlow's. ``ACCELRT_TRUST=1`` says it of every file.
 
     Returns:
         A session, ready to predict. Close it, or use it as a context manager.
 
     Raises:
         CorruptArtifact, ArtifactVersionError: The file is no artifact that can be trusted.
+        UntrustedProgram: The file holds programs that run code, and ``trust`` was not given.
         IncompatibleProgram, BackendUnavailable, DeviceError: ``fallback="error"``, or there is no source to compile.
         AccelrtError: Whatever `compile` raises, for a model.
     """
@@ -216,7 +229,7 @@ def load(
 
     policy = check_policy(fallback)
     wanted = None if devices is None else parse_devices(devices)
-    artifact = _as_artifact(model)
+    artifact = _as_artifact(model, trust)
     if artifact is None:
         artifact = compile(model, backend, example_inputs=example_inputs, fallback=policy, options=options)
     elif surplus := [
@@ -229,11 +242,11 @@ def load(
     return open_session(artifact, devices=wanted, fallback=policy)
 
 
-def _as_artifact(model: Any) -> Artifact | None:
+def _as_artifact(model: Any, trust: bool) -> Artifact | None:
     if isinstance(model, Artifact):
         return model
     if isinstance(model, str | Path) or hasattr(model, "__fspath__"):
         path = Path(model)
         if is_artifact(path):
-            return open_artifact(path)
+            return open_artifact(path, trust=trust)
     return None

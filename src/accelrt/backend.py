@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 from accelrt.graph.node import Node
@@ -22,6 +22,17 @@ from accelrt.nature import Nature
 
 API_VERSION = 1
 """Raised when the contract changes in a way that breaks engines; a plug-in of another version is refused."""
+
+WHOLE_FILES: Mapping[str, str] = MappingProxyType(
+    {"torch.export": "model.pt2", "torchscript": "model.pt", "saved_model": "saved_model.zip"}
+)
+"""The forms in which a source is handed over whole, and the file that holds it: an exported program as
+``torch.export.save`` writes it, TorchScript, and a SavedModel folder as a zip without compression, in which
+`SAVED_MODEL_BINDING` says how its signature is called."""
+
+SAVED_MODEL_BINDING = "accelrt.json"
+"""JSON: ``signature``, the name of one; ``inputs`` and ``outputs``, its arguments and results in the order of the
+model's."""
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
 """What an engine computes in: ``fp32`` as the model declares, ``bf16`` and ``fp16`` fewer bits where the model says
@@ -81,6 +92,8 @@ class Caps:
             name; a ``stand-in`` takes the place of a runtime in tests. Every report says so.
         last_resort: Right but slow; nodes are never moved here to save a cut.
         default_precision: What the engine computes in unless told otherwise; recorded in every artifact.
+        executes_code: Loading a program may run code that is in it. Such programs are loaded from a file only if the
+            user says that the file is to be trusted.
     """
 
     concurrent: bool = True
@@ -88,6 +101,7 @@ class Caps:
     nature: Nature = "real"
     last_resort: bool = False
     default_precision: Precision = "fp32"
+    executes_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +111,17 @@ class NoOptions:
 
 @dataclass(frozen=True, slots=True)
 class CompileJob:
-    """What an engine is asked to compile: an ONNX file whose weights lie beside it as external data."""
+    """What an engine is asked to compile.
+
+    ``model`` is an ONNX file whose weights lie beside it as external data; if ``format`` is another, it is the one file
+    that holds the whole source, named as `WHOLE_FILES` says.
+    """
 
     model: Path
     signature: Signature
     precision: Precision
     options: Any
+    format: str = "onnx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +131,7 @@ class Program:
     ``files`` maps the names the engine gave to where the files are now: an artifact keeps them under names of its own,
     all in one folder, with the weights of every ONNX file among them in a shared ``weights.bin`` beside it.
     ``fingerprint`` is compared with `Engine.fingerprint` before a program is loaded. ``precision`` is that of the job.
+    ``remark`` says how a whole source runs, for `explain`: compiled or not, and why.
     """
 
     files: Mapping[str, Path]
@@ -119,6 +139,7 @@ class Program:
     signature: Signature
     options: Any
     precision: Precision = "fp32"
+    remark: str = ""
 
 
 class Executable(ABC):
@@ -150,7 +171,13 @@ class Executable(ABC):
 
 
 class Engine(ABC):
-    """One vendor runtime. Cheap to construct; the vendor's SDK is imported by the methods that need it."""
+    """One vendor runtime. Cheap to construct; the vendor's SDK is imported by the methods that need it.
+
+    ``formats`` says what it compiles: ``onnx`` stands for segments of a graph, the names in `WHOLE_FILES` for the whole
+    source in its framework's own form. An engine of whole sources refuses every node, keeps the source among the
+    files of its program under the name that it came by, and is chosen only by name, or for a model that does not
+    convert.
+    """
 
     name: ClassVar[str]
     formats: ClassVar[tuple[str, ...]] = ("onnx",)
@@ -173,6 +200,14 @@ class Engine(ABC):
     def supports_all(self, nodes: Sequence[Node], precision: Precision) -> list[Verdict]:
         """Answer for many nodes at once; override where asking together is cheaper than one by one."""
         return [self.supports(node, precision) for node in nodes]
+
+    def supports_source(self, format: str, signature: Signature, precision: Precision) -> Verdict:
+        """Tell whether a whole source can be compiled, with the reason if not."""
+        if format == "onnx" or format not in self.formats:
+            return Verdict.refuse(f"it takes {', '.join(self.formats)}, and the source is {format}")
+        if precision != self.caps.default_precision:
+            return Verdict.refuse(f"it computes in {self.caps.default_precision}, not in {precision}")
+        return SUPPORTED
 
     @abstractmethod
     def compile(self, job: CompileJob, out: Path) -> Program:

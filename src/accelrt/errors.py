@@ -8,6 +8,7 @@
     ├── RegistryError             a plug-in that cannot be registered or loaded
     ├── OptionError               an unknown option, or a value out of its range
     ├── SourceError               a model that is not recognised, or cannot be turned into a graph
+    │   ├── ConversionError       its framework's exporter cannot write it as ONNX
     │   └── GraphError            a graph that is not valid ONNX, or reaches outside its folder
     ├── InputError                inputs of `predict` that do not fit the signature
     │   └── CalibrationError      a calibration set that is empty, does not fit the signature, or holds NaN
@@ -19,7 +20,8 @@
     ├── ArtifactError             an artifact that cannot be read, written or trusted
     │   ├── CorruptArtifact       truncated, altered, malformed or hostile
     │   ├── ArtifactVersionError  written by a newer accelrt
-    │   └── IncompatibleProgram   compiled by another toolchain or for another device
+    │   ├── IncompatibleProgram   compiled by another toolchain or for another device
+    │   └── UntrustedProgram      a file whose programs would run code, and nobody said that it may
     ├── DeviceError               a device that cannot be had or has failed
     │   ├── CoresUnavailable      more devices or cores asked for than there are
     │   ├── OutOfDeviceMemory     the program does not fit the device
@@ -87,6 +89,10 @@ class SourceError(AccelrtError):
     """A model that is not recognised, or cannot be turned into a graph."""
 
 
+class ConversionError(SourceError):
+    """A model that its framework's exporter cannot write as ONNX; an engine that takes it whole may still run it."""
+
+
 class GraphError(SourceError):
     """A graph that is not valid ONNX, or whose external data lies outside its folder."""
 
@@ -135,6 +141,10 @@ class ArtifactVersionError(ArtifactError):
 
 class IncompatibleProgram(ArtifactError):
     """A program compiled by another toolchain, or for another device, than the one at hand."""
+
+
+class UntrustedProgram(ArtifactError):
+    """An artifact from a file whose programs would run code when they are loaded; ``trust=True`` lets them."""
 
 
 class DeviceError(AccelrtError):

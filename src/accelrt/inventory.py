@@ -12,12 +12,18 @@ from accelrt.registry import REGISTRY, status_of
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """One engine and whether it is usable here."""
+    """One engine and whether it is usable here; ``formats`` says what it compiles, ``onnx`` or sources whole."""
 
     name: str
     status: Status
     nature: Nature
     default_precision: str
+    formats: tuple[str, ...] = ("onnx",)
+
+    @property
+    def takes_onnx(self) -> bool:
+        """Whether it takes segments of graphs, and so has a share in any model."""
+        return "onnx" in self.formats
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,7 @@ def _describe(name: str, origin: str, reason: str | None) -> BackendInfo:
     except (RegistryError, TargetError) as error:
         return BackendInfo(name, origin, str(error))
     engines = tuple(
-        EngineInfo(engine.name, status_of(engine), engine.caps.nature, engine.caps.default_precision)
+        EngineInfo(engine.name, status_of(engine), engine.caps.nature, engine.caps.default_precision, engine.formats)
         for engine in backend.engines
     )
     try:

@@ -169,6 +169,9 @@ class Registry:
             if engine.caps.nature == "emulated":
                 reasons.append(f"{engine.name} is an emulator and must be named")
                 continue
+            if takes_whole(engine):
+                reasons.append(f"{engine.name} takes whole models and must be named")
+                continue
             status = status_of(engine)
             if status.usable:
                 return engine
@@ -223,6 +226,11 @@ def _instantiate(cls: object, expected: str | None) -> Backend:
     if not names or len(set(names)) != len(names):
         raise RegistryError(f"Backend {backend.name!r} must have engines with names of their own, not {names}.")
     return backend
+
+
+def takes_whole(engine: Engine) -> bool:
+    """Tell whether an engine takes sources whole, and no segments of graphs."""
+    return "onnx" not in engine.formats
 
 
 def status_of(engine: Engine) -> Status:

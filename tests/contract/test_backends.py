@@ -14,7 +14,7 @@ import pytest
 
 from accelrt.backend import Device, Executable, Precision, Program, Verdict
 from accelrt.graph.node import Node
-from accelrt.testing.contract import BackendContract
+from accelrt.testing.contract import BackendContract, WholeCase
 from accelrt.testing.fake import FakeBackend
 from accelrt_cpu import CpuBackend
 
@@ -38,6 +38,69 @@ class TestOpenVino(BackendContract):
     backend_class = CpuBackend
     engine_name: ClassVar[str | None] = "openvino"
     sdk_modules = _SDKS
+
+
+def _torch_mlp() -> WholeCase:
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    return WholeCase(layers, (torch.randn(2, 8),), {"dynamic_shapes": ({0: "batch"},)})
+
+
+def _torch_views() -> WholeCase:
+    torch = pytest.importorskip("torch")
+
+    class Views(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return {"y": x.reshape(2, 12)}
+
+    return WholeCase(Views(), (torch.randn(4, 6),))
+
+
+def _script(case: Callable[[], WholeCase]) -> WholeCase:
+    torch = pytest.importorskip("torch")
+    built = case()
+    return WholeCase(torch.jit.trace(built.model, built.example_inputs), built.example_inputs, built.options)
+
+
+@pytest.mark.torch
+class TestTorch(BackendContract):
+    backend_class = CpuBackend
+    engine_name: ClassVar[str | None] = "torch"
+    sdk_modules = _SDKS
+    whole_models: ClassVar[Mapping[str, Callable[[], WholeCase]]] = {"mlp": _torch_mlp, "views": _torch_views}
+    engine_options: ClassVar[Mapping[str, Any]] = {"inductor": False}  # compiling takes long; tests of it are apart
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+class TestTorchScript(BackendContract):
+    backend_class = CpuBackend
+    engine_name: ClassVar[str | None] = "torch"
+    sdk_modules = _SDKS
+    whole_models: ClassVar[Mapping[str, Callable[[], WholeCase]]] = {"mlp": lambda: _script(_torch_mlp)}
+
+
+def _keras_mlp() -> WholeCase:
+    keras = pytest.importorskip("keras")
+    keras.utils.set_random_seed(0)
+    x = keras.Input((8,), name="x")
+    hidden = keras.layers.Dense(16, activation="relu")(x)
+    return WholeCase(keras.Model(x, {"y": keras.layers.Dense(4)(hidden)}))
+
+
+def _tensorflow_views() -> WholeCase:
+    tf = pytest.importorskip("tensorflow")
+    spec = tf.TensorSpec([4, 6], tf.float32, name="x")
+    return WholeCase(tf.function(lambda x: {"y": tf.reshape(x, (2, 12))}, input_signature=[spec]))
+
+
+@pytest.mark.tensorflow
+class TestTensorFlow(BackendContract):
+    backend_class = CpuBackend
+    engine_name: ClassVar[str | None] = "tensorflow"
+    sdk_modules = _SDKS
+    whole_models: ClassVar[Mapping[str, Callable[[], WholeCase]]] = {"mlp": _keras_mlp, "views": _tensorflow_views}
 
 
 class TestReference(BackendContract):

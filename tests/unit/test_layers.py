@@ -27,6 +27,7 @@ LAYERS = (
     ("artifact",),
     ("runtime",),
     ("verification",),
+    ("whole",),  # it verifies what it compiles, and `tune` takes what it finds as candidates
     ("tune",),
     ("api",),
     ("__init__",),

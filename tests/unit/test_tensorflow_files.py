@@ -171,6 +171,6 @@ def test_a_missing_package_is_named_with_the_command(
     tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "frozen.pb").write_bytes(GRAPH_DEF)
-    monkeypatch.setattr("accelrt.sources.tensorflow._is_installed", lambda asked, package=package: asked != package)
+    monkeypatch.setattr("accelrt.sources.tensorflow.is_installed", lambda asked, package=package: asked != package)
     with pytest.raises(SourceError, match=rf"needs {package}.*pip install accelrt\[tensorflow\]"):
         open_source(tmp_path / "frozen.pb", SourceRequest())

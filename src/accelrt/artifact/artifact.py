@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 from functools import cached_property
@@ -17,8 +18,6 @@ from accelrt.errors import AccelrtError, ArtifactError, CorruptArtifact
 from accelrt.graph.types import Signature
 
 if TYPE_CHECKING:
-    import os
-
     from accelrt.artifact.candidates import CandidateTable
     from accelrt.graph.model import Graph
     from accelrt.partition.report import Placement
@@ -28,10 +27,15 @@ logger = logging.getLogger("accelrt")
 
 
 class Artifact:
-    """A compiled model. Made by `accelrt.compile` or `accelrt.load`, not by hand."""
+    """A compiled model. Made by `accelrt.compile` or `accelrt.load`, not by hand.
 
-    def __init__(self, entry: Entry) -> None:
+    ``trusted`` says whether programs in it that run code when they are loaded may do so: those that were compiled
+    here may, those from a file only if the user said so.
+    """
+
+    def __init__(self, entry: Entry, *, trusted: bool = True) -> None:
         self._entry = entry
+        self.trusted = trusted
 
     @property
     def manifest(self) -> Manifest:
@@ -105,6 +109,11 @@ class Artifact:
         Raises:
             ArtifactError: The artifact was saved without it.
         """
+        if self.manifest.whole_format is not None:
+            raise ArtifactError(
+                f"The model runs whole, as {self.manifest.whole_format}; the artifact holds no graph of it.",
+                hint="Compile the original model for an engine that takes ONNX, if it converts.",
+            )
         if not self.manifest.has_source:
             raise ArtifactError(
                 "The artifact was saved with sources=False, so it cannot be compiled again.",
@@ -151,28 +160,38 @@ def is_artifact(path: Path) -> bool:
     return path.suffix == ".accel" or (start.startswith(b"PK\x03\x04") and start[30:].startswith(b"manifest.json"))
 
 
-def open_artifact(path: Path) -> Artifact:
+def is_trusting() -> bool:
+    """Tell whether ``ACCELRT_TRUST`` says that the programs in every file may run code."""
+    return os.environ.get("ACCELRT_TRUST", "").strip() not in ("", "0")
+
+
+def open_artifact(path: Path, *, trust: bool = False) -> Artifact:
     """Open an ``.accel`` file: from the cache if an equal one was verified before, else unpacked and verified now.
+
+    Args:
+        path: The file.
+        trust: Programs that run code when they are loaded may do so, as `is_trusting` may say of every file.
 
     Raises:
         CorruptArtifact, ArtifactVersionError, ArtifactError: The file cannot be used.
     """
+    trusted = trust or is_trusting()
     with PackedArtifact(path) as packed:
         cache = Cache()
         if (entry := cache.find(packed.identity)) is not None:
-            return Artifact(entry)
+            return Artifact(entry, trusted=trusted)
         work: Path | None = None
         try:
             work = cache.work_folder()
             packed.unpack(work)
-            return Artifact(cache.adopt(work, packed.manifest, packed.identity))
+            return Artifact(cache.adopt(work, packed.manifest, packed.identity), trusted=trusted)
         except OSError as error:
             # A cache that cannot be written costs time, not function.
             logger.warning("The cache at %s cannot be used (%s); unpacking elsewhere.", cache.folder, error)
         finally:
             if work is not None:
                 cache.discard(work)  # of no effect once it has been adopted
-        return Artifact(_unpack_apart(packed))
+        return Artifact(_unpack_apart(packed), trusted=trusted)
 
 
 def _unpack_apart(packed: PackedArtifact) -> Entry:

@@ -68,6 +68,12 @@ class Manifest:
         """Whether the source graph is in the artifact, so that it can be compiled again."""
         return SOURCE in self.files
 
+    @property
+    def whole_format(self) -> str | None:
+        """The form in which the model is in the artifact whole, None if it was cut into segments."""
+        found = self.options.get("whole")
+        return found if isinstance(found, str) else None
+
     def dump(self) -> bytes:
         """Return the manifest as canonical JSON: equal manifests are equal bytes."""
         data = {

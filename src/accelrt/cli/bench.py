@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from accelrt.cli.bench_compare import SECONDS, Effort, compare
+from accelrt.cli.bench_compare import SECONDS, Effort, Subject, compare
 from accelrt.cli.bench_scenarios import SCENARIO_SECONDS, Asked, run_scenario
 from accelrt.cli.common import (
     BackendsOption,
@@ -17,6 +17,7 @@ from accelrt.cli.common import (
     JsonFlag,
     SeedOption,
     TracebackFlag,
+    TrustFlag,
     dimensions,
     engine_options,
     guarded,
@@ -105,6 +106,7 @@ def bench(
         typer.Option("--candidates", help="Measure nothing: show what an artifact of backend auto was chosen from."),
     ] = False,
     seed: SeedOption = 0,
+    trust: TrustFlag = False,
     dim: DimOption = None,
     as_json: JsonFlag = False,
     traceback: TracebackFlag = False,
@@ -141,13 +143,12 @@ def bench(
     options: dict[str, Any] = engine_options(option)
     if threads is not None:
         options["threads"] = threads
-    sizes = dimensions(dim)
-    targets: Sequence[str | None] = backend or [None]
+    subject = Subject(model, backend or [None], options, dimensions(dim), trust)
     if scenario is None:
         effort = Effort(warmup, number, seconds if seconds is not None else SECONDS)
-        document = compare(model, targets, options, sizes, effort, seed, as_json)
+        document = compare(subject, effort, seed, as_json)
     else:
-        document = run_scenario(model, targets, options, sizes, asked, as_json)
+        document = run_scenario(subject, asked, as_json)
     _deliver(document, plot, as_json)
 
 

@@ -58,37 +58,44 @@ class Contestant:
     difference: float | None = None
 
 
-def compare(
-    model: Path,
-    targets: Sequence[str | None],
-    options: Mapping[str, Any],
-    sizes: Mapping[str, int],
-    effort: Effort,
-    seed: int,
-    as_json: bool,
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured: a model on targets, with options that all of them know; ``sizes`` are of open dimensions."""
+
+    model: Path
+    targets: Sequence[str | None]
+    options: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    trust: bool
+
+    def enter(self, stack: contextlib.ExitStack) -> list[Contestant]:
+        """Compile or open the model for each target and load it, until the stack is left."""
+        return [self._contestant(stack, target) for target in self.targets]
+
+    def _contestant(self, stack: contextlib.ExitStack, target: str | None) -> Contestant:
+        import accelrt
+
+        artifact = open_or_compile(self.model, target, self.options, trust=self.trust)
+        session = stack.enter_context(accelrt.load(artifact))
+        obeys = hasattr(candidate_of(artifact).engine.options, "threads")
+        threads = self.options.get("threads") if obeys else None
+        return Contestant(artifact.placement.target, artifact, session, threads)
+
+
+def compare(subject: Subject, effort: Effort, seed: int, as_json: bool) -> dict[str, Any]:
     """Measure targets in turns and show the figures, unless they are to be JSON; return the document."""
+    model = subject.model
     with working(as_json), contextlib.ExitStack() as stack:
-        contestants = [enter(stack, model, target, options) for target in targets]
+        contestants = subject.enter(stack)
         signature = contestants[0].artifact.signature
-        inputs = random_inputs(signature, sizes, seed)
-        batch = batch_size(signature, sizes)
+        inputs = random_inputs(signature, subject.sizes, seed)
+        batch = batch_size(signature, subject.sizes)
         _compare_answers(contestants, inputs)
         measure(contestants, inputs, effort)
     results = [_result(contestant, contestants[0], batch) for contestant in contestants]
     if not as_json:
         _show(model, inputs, batch, contestants, results)
     return _document(model, inputs, batch, effort, seed, results)
-
-
-def enter(stack: contextlib.ExitStack, model: Path, target: str | None, options: Mapping[str, Any]) -> Contestant:
-    """Compile or open a model and load it, until the stack is left."""
-    import accelrt
-
-    artifact = open_or_compile(model, target, options)
-    session = stack.enter_context(accelrt.load(artifact))
-    obeys = hasattr(candidate_of(artifact).engine.options, "threads")
-    return Contestant(artifact.placement.target, artifact, session, options.get("threads") if obeys else None)
 
 
 def batch_size(signature: Signature, sizes: Mapping[str, int]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from accelrt.cli.bench_compare import Contestant, batch_size, devices_of, enter, identity, kind_of, milliseconds, rate
+from accelrt.cli.bench_compare import Contestant, Subject, batch_size, devices_of, identity, kind_of, milliseconds, rate
 from accelrt.cli.common import err, out, plain_table, where_it_runs, working
 from accelrt.cli.values import random_inputs
 from accelrt.nature import mark_of
@@ -69,14 +69,7 @@ class Asked:
         return Effort(seconds, number, self.warmup, self.seed)
 
 
-def run_scenario(
-    model: Path,
-    targets: Sequence[str | None],
-    options: Mapping[str, Any],
-    sizes: Mapping[str, int],
-    asked: Asked,
-    as_json: bool,
-) -> dict[str, Any]:
+def run_scenario(subject: Subject, asked: Asked, as_json: bool) -> dict[str, Any]:
     """Run a scenario or a sweep on each target and show the figures, unless they are to be JSON; return the document.
 
     Raises:
@@ -87,12 +80,12 @@ def run_scenario(
 
     scenario, effort, driver = asked.scenario_of(), asked.effort(), resolve(asked.driver)
     with working(as_json), contextlib.ExitStack() as stack:
-        contestants = [enter(stack, model, target, options) for target in targets]
+        contestants = subject.enter(stack)
         signature = contestants[0].artifact.signature
-        samples = _samples(signature, sizes, asked.seed)
-        batch = batch_size(signature, sizes)
+        samples = _samples(signature, subject.sizes, asked.seed)
+        batch = batch_size(signature, subject.sizes)
         results = [_measure(contestant, samples, asked, scenario, effort) for contestant in contestants]
-        document = _document(model, samples[0], batch, asked, scenario, effort, driver, results)
+        document = _document(subject.model, samples[0], batch, asked, scenario, effort, driver, results)
     if not as_json:
         _show(document, contestants)
     return document

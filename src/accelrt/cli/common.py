@@ -66,6 +66,10 @@ DimOption: TypeAlias = Annotated[
     list[str] | None,
     typer.Option("--dim", help="The size of a symbolic dimension of random inputs, else 1: batch=8.", metavar="NAME=N"),
 ]
+TrustFlag: TypeAlias = Annotated[
+    bool,
+    typer.Option("--trust", help="Let programs in an artifact run code, as PyTorch's and TensorFlow's do."),
+]
 SeedOption: TypeAlias = Annotated[int, typer.Option("--seed", help="Seed of random inputs.", min=0)]
 
 
@@ -264,6 +268,7 @@ def open_or_compile(
     *,
     fallback: str = "warn",
     precision: Precision | None = None,
+    trust: bool = False,
 ) -> Artifact:
     """Return the artifact at a path, or compile the model at it.
 
@@ -284,7 +289,7 @@ def open_or_compile(
             f"{model} is compiled already; it takes neither a target nor options nor a precision.",
             hint="Leave them out, or compile the model it came from.",
         )
-    return open_artifact(model)
+    return open_artifact(model, trust=trust)
 
 
 def pairs(texts: Sequence[str] | None, option: str) -> dict[str, str]:
@@ -339,6 +344,8 @@ def where_it_runs(artifact: Artifact) -> Text:
     from rich.text import Text
 
     placement = artifact.placement
+    if placement.whole is not None:
+        return Text(f"all on {', '.join(segment.engine for segment in placement.segments)}, the model whole")
     natures = {segment.engine: segment.nature for segment in placement.segments}
     text = Text()
     for engine, count in placement.nodes_by_engine.items():

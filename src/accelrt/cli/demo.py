@@ -89,7 +89,13 @@ def _try_all(images: np.ndarray[Any, Any], failures: dict[str, str]) -> list[Tri
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AccelrtWarning)
         found = backends()
-    usable = [f"{info.name}/{e.name}" for info in found if info.devices for e in info.engines if e.status.usable]
+    usable = [
+        f"{info.name}/{e.name}"
+        for info in found
+        if info.devices
+        for e in info.engines
+        if e.takes_onnx and e.status.usable
+    ]
     trials = []
     for target in usable:
         try:

@@ -125,6 +125,7 @@ def _to_json(info: BackendInfo) -> dict[str, Any]:
                 "remedy": engine.status.remedy,
                 "nature": engine.nature,
                 "default_precision": engine.default_precision,
+                "formats": list(engine.formats),
             }
             for engine in info.engines
         ],
@@ -195,6 +196,8 @@ def _engine_table(engines: tuple[EngineInfo, ...]) -> RenderableType:
             mark, details = Text("no", style="red"), Text(status.reason or "no reason given")
             if status.remedy:
                 details.append("\ntry: ").append(status.remedy, style="bold")
+        if not engine.takes_onnx:
+            details.append(f"\ntakes models whole: {', '.join(engine.formats)}")
         if engine.nature != "real":
             details.append(f"\n{engine.nature}: computes on the CPU in the name of other hardware", style="yellow")
         table.add_row(engine.name, mark, details)

@@ -12,6 +12,7 @@ from accelrt.cli.common import (
     BackendOption,
     JsonFlag,
     TracebackFlag,
+    TrustFlag,
     guarded,
     open_or_compile,
     out,
@@ -30,13 +31,14 @@ def explain(
     all_reasons: Annotated[
         bool, typer.Option("--all", help=f"Show every kind of refusal, not the first {SHOWN}.")
     ] = False,
+    trust: TrustFlag = False,
     as_json: JsonFlag = False,
     traceback: TracebackFlag = False,
 ) -> None:
     """Show what runs where and why; a model is compiled for the target first."""
     with working(as_json):
         # The placement is what was asked for; a warning that sums it up would only repeat it.
-        artifact = open_or_compile(model, backend, fallback="allow")
+        artifact = open_or_compile(model, backend, fallback="allow", trust=trust)
     if as_json:
         document = {"signature": artifact.signature.to_json(), **artifact.placement.to_json()}
         if artifact.verification is not None:

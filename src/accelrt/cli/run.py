@@ -16,6 +16,7 @@ from accelrt.cli.common import (
     JsonFlag,
     SeedOption,
     TracebackFlag,
+    TrustFlag,
     dimensions,
     guarded,
     open_or_compile,
@@ -44,6 +45,7 @@ def run(
         bool, typer.Option("--random", help="Draw the inputs that are not given: floats normal, integers 0 or 1.")
     ] = False,
     seed: SeedOption = 0,
+    trust: TrustFlag = False,
     dim: DimOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs to this .npz file.")] = None,
     as_json: JsonFlag = False,
@@ -59,7 +61,7 @@ def run(
     if sizes and not random:
         raise typer.BadParameter("It gives sizes of random inputs; add --random.", param_hint="--dim")
     with working(as_json):
-        artifact = open_or_compile(model, backend)
+        artifact = open_or_compile(model, backend, trust=trust)
         inputs = _inputs(artifact.signature, input_ or (), random, sizes, seed)
         with accelrt.load(artifact) as session:
             start = time.perf_counter()

@@ -18,6 +18,7 @@ from accelrt.cli.common import (
     JsonFlag,
     SeedOption,
     TracebackFlag,
+    TrustFlag,
     dimensions,
     elapsed,
     guarded,
@@ -56,6 +57,7 @@ def verify(
         bool, typer.Option("--random", help="Draw the inputs that are not given; all are drawn if none is given.")
     ] = False,
     seed: SeedOption = 0,
+    trust: TrustFlag = False,
     dim: DimOption = None,
     tolerance: Annotated[
         float | None,
@@ -85,7 +87,7 @@ def verify(
     with working(as_json):
         # Where nodes run is part of what is shown, so a warning that sums it up would only repeat it.
         artifact = open_or_compile(
-            model, backend, fallback="allow", precision=None if precision is None else precision.value
+            model, backend, fallback="allow", precision=None if precision is None else precision.value, trust=trust
         )
         request = _request(artifact, input_ or (), random, sizes, seed, labels)
         request = replace(

@@ -122,11 +122,24 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True)
+class WholePlace:
+    """That a model runs whole, in its framework's own ``format``, and the ``reason`` why.
+
+    ``remark`` is what the engine says of how it runs, if it says anything.
+    """
+
+    format: str
+    reason: str
+    remark: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Where a model runs.
 
     ``target`` is what was asked for, ``primary`` the engine that it stands for, ``precision`` what that one was asked
-    to compute in, None for its default. ``tuning`` is what was measured, None if the model was not tuned.
+    to compute in, None for its default. ``tuning`` is what was measured, None if the model was not tuned. A model that
+    runs whole is one segment without nodes; ``whole`` says why.
     """
 
     target: str
@@ -135,6 +148,7 @@ class Placement:
     refusals: tuple[Refusal, ...]
     precision: str | None = None
     tuning: Tuning | None = None
+    whole: WholePlace | None = None
 
     @property
     def share_of_time_elsewhere(self) -> float | None:
@@ -174,7 +188,7 @@ class Placement:
     def to_json(self) -> dict[str, Any]:
         """Return plain data that `from_json` reads back."""
         data = asdict(self)
-        for name in ("precision", "tuning"):
+        for name in ("precision", "tuning", "whole"):
             if data[name] is None:
                 del data[name]
         for segment in data["segments"]:
@@ -196,6 +210,7 @@ class Placement:
             tuple(Refusal(*_texts(refusal, "node", "kind", "engine", "reason")) for refusal in data["refusals"]),
             _texts(data, "precision")[0] if "precision" in data else None,
             Tuning.from_json(data["tuning"]) if "tuning" in data else None,
+            WholePlace(*_texts(data["whole"], "format", "reason", "remark")) if "whole" in data else None,
         )
 
     def render(self, *, reasons: int = 20) -> RenderableType:
@@ -211,7 +226,8 @@ class Placement:
         total = sum(self.nodes_by_engine.values())
         # Names come from models and hold brackets, which rich would take for markup: `Text` keeps it from that.
         asked = "" if self.precision is None else f" in {self.precision}"
-        title = Text(f"{self.target}{asked}: {_count(total, 'node')} in {_count(len(self.segments), 'segment')}")
+        count = _count(total, "node") if self.whole is None else "the whole model"
+        title = Text(f"{self.target}{asked}: {count} in {_count(len(self.segments), 'segment')}")
         table = Table(title=title, title_justify="left")
         for heading in ("#", "engine", "precision"):
             table.add_column(heading, no_wrap=True)
@@ -228,11 +244,11 @@ class Placement:
                 ),
                 Text(segment.precision),
                 *((human_seconds(segment.seconds),) if timed else ()),
-                str(len(segment.nodes)),
+                str(len(segment.nodes)) if self.whole is None else "all",
                 human_bytes(segment.weight_bytes),
                 human_bytes(segment.bytes_in),
                 human_bytes(segment.bytes_out),
-                Text(_operators(segment.nodes)),
+                Text(_operators(segment.nodes) if self.whole is None else f"whole, as {self.whole.format}"),
             )
         parts: list[RenderableType] = [table, Text(self._summary(total))]
         if groups := self._groups():
@@ -240,6 +256,10 @@ class Placement:
         return Group(*parts)
 
     def _summary(self, total: int) -> str:
+        if self.whole is not None:
+            engines = ", ".join(segment.engine for segment in self.segments)
+            how = f" ({self.whole.remark})" if self.whole.remark else ""
+            return f"The model runs whole on {engines}{how}, because {self.whole.reason}"
         if not total:
             return "The model computes nothing: its outputs are its inputs."
         shares = ", ".join(

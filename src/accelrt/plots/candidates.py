@@ -54,7 +54,7 @@ def spots_of(table: Mapping[str, Any]) -> list[Spot]:
     for number, row in enumerate(table["rows"], start=1):
         if (measured := row["measurement"]) is None:
             continue
-        latency = measured["percentile_s"] if measured["percentile_s"] is not None else measured["median_s"]
+        latency = measured["median_s"]
         memory = measured.get("memory_bytes")
         reason = "" if row["status"] == "chosen" else kind_of(row["reason"])
         spots.append(
@@ -94,12 +94,7 @@ def draw(table: Mapping[str, Any], title: str) -> Figure:
     else:
         scale(axes.yaxis, axes.set_yscale, up)
         axes.set_ylabel("memory, MB" if any(up) else "error and memory not known")
-    budget = table.get("latency_budget_s")
-    if by_latency and budget is not None:
-        axes.axvline(budget * 1e3, color="#888888", linestyle=":", label=f"budget {budget * 1e3:g} ms")
-    percentile = table.get("percentile")
-    latency = f"latency at the {percentile:g}th percentile, ms" if percentile else "latency, ms"
-    axes.set_xlabel(latency if by_latency else "throughput, rows per second")
+    axes.set_xlabel("median latency, ms" if by_latency else "throughput, rows per second")
     axes.margins(0.12)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure

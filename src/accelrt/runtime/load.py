@@ -22,6 +22,7 @@ from accelrt.errors import (
     IncompatibleProgram,
     RegistryError,
     TargetError,
+    UntrustedProgram,
 )
 from accelrt.graph.types import Value
 from accelrt.options import Options
@@ -49,12 +50,36 @@ def open_session(artifact: Artifact, *, devices: tuple[int, ...] | None = None, 
             no source to compile again.
         CoresUnavailable: ``devices`` names one that does not exist.
     """
+    if not artifact.trusted:
+        _refuse_code(artifact)
     target = parse(artifact.manifest.target)
     wanted = devices if devices is not None else target.devices
     if (stale := _stale(artifact)) is not None:
         artifact = _rebuilt(artifact, target, stale, fallback)
     loader = _Loader(artifact, target, wanted, devices is not None, fallback)
     return loader.session()
+
+
+def _refuse_code(artifact: Artifact) -> None:
+    """Raise `UntrustedProgram` if loading an artifact's programs, or compiling its source again, may run code."""
+    running = [
+        segment.name
+        for segment in artifact.manifest.segments
+        if artifact.manifest.whole_format is not None or _executes_code(segment)
+    ]
+    if running:
+        raise UntrustedProgram(
+            f"The file holds a program for {running[0]}, which may run code when it is loaded.",
+            hint="If you know where the file comes from: accelrt.load(path, trust=True), --trust, or ACCELRT_TRUST=1.",
+            backend=artifact.manifest.segments[0].backend,
+        )
+
+
+def _executes_code(segment: SegmentRecord) -> bool:
+    try:
+        return find_engine(REGISTRY.backend(segment.backend), segment.engine).caps.executes_code
+    except (TargetError, RegistryError):
+        return False  # an engine that is not there loads nothing
 
 
 def _stale(artifact: Artifact) -> AccelrtError | None:
@@ -89,6 +114,8 @@ def _difference(compiled: Mapping[str, str], present: Mapping[str, str]) -> str:
 
 def _rebuilt(artifact: Artifact, target: Target, reason: AccelrtError, fallback: Fallback) -> Artifact:
     """Compile the source graph again: for the same target if its engine is usable, else for the CPU."""
+    if artifact.manifest.whole_format is not None:
+        return _rebuilt_whole(artifact, target, reason, fallback)
     # Brings in the graph libraries, which loading can do without.
     from accelrt.artifact.build import BuildRequest, build
 
@@ -111,6 +138,30 @@ def _rebuilt(artifact: Artifact, target: Target, reason: AccelrtError, fallback:
         str(target), candidates, _recorded(artifact, candidates), artifact.manifest.source_format, asked, precisions
     )
     return build(artifact.source_graph(), request, fallback=fallback)
+
+
+def _rebuilt_whole(artifact: Artifact, target: Target, reason: AccelrtError, fallback: Fallback) -> Artifact:
+    """Compile a source that the artifact holds whole again, for the same engine; no other one has a form of it."""
+    from accelrt.artifact.whole import WholeRequest, build_whole, whole_of
+
+    (segment,) = artifact.manifest.segments[:1] or (None,)
+    if fallback == "error" or segment is None or not isinstance(reason, IncompatibleProgram):
+        raise reason
+    backend = REGISTRY.backend(segment.backend)
+    candidate = Candidate(backend, find_engine(backend, segment.engine))
+    announce(fallback, f"{reason.message} It is compiled again for {candidate.name}.")
+    asked = artifact.manifest.options.get("precision")
+    why = artifact.placement.whole
+    request = WholeRequest(
+        str(target),
+        candidate,
+        option_module.from_json(candidate.engine.options, segment.options),
+        artifact.manifest.source_format,
+        why.reason if why is not None else "it was compiled so.",
+        precision_named(segment.precision),
+        None if asked is None else precision_named(asked),
+    )
+    return build_whole(whole_of(artifact), request)
 
 
 def _recorded(artifact: Artifact, candidates: Sequence[Candidate]) -> Options:
@@ -193,6 +244,10 @@ class _Loader:
         from accelrt.artifact.build import BuildRequest, build
 
         segment = self.artifact.manifest.segments[index]
+        if self.artifact.manifest.whole_format is not None:
+            raise ArtifactError(
+                f"{segment.name} failed, and the model runs whole: there is no graph of it that the CPU could run."
+            ) from error
         if not self.artifact.manifest.has_source:
             raise ArtifactError(
                 f"{segment.name} failed, and in an artifact saved with sources=False nothing else can run its segment.",

@@ -9,14 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelrt.errors import OptionError, SourceError
+from accelrt.errors import ConversionError, GraphError, OptionError, SourceError
 from accelrt.sources import tensorflow_files, torch_files
 from accelrt.sources.request import SourceOptions, SourceRequest
+from accelrt.sources.whole import WholeModel, WholeSource, open_whole, whole_source
 
 if TYPE_CHECKING:
     from accelrt.graph.model import Graph
 
-__all__ = ["Source", "SourceOptions", "SourceRequest", "open_source"]
+__all__ = [
+    "Source",
+    "SourceOptions",
+    "SourceRequest",
+    "WholeModel",
+    "WholeSource",
+    "open_source",
+    "open_whole",
+    "whole_source",
+]
 
 ACCEPTED = (
     "Accepted: ONNX (a path, bytes, onnx.ModelProto, onnx_ir.Model), PyTorch (nn.Module, ExportedProgram, .pt2, "
@@ -27,17 +37,23 @@ ACCEPTED = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A source turned into a graph; ``format`` says what it was: ``onnx``, ``torch``, ``tensorflow``."""
+    """A source turned into a graph.
+
+    ``format`` says what it was: ``onnx``, ``torch``, ``tensorflow``; ``whole`` how it can be had in its own form, which
+    costs nothing until it is written.
+    """
 
     graph: Graph
     format: str
+    whole: WholeSource | None = None
 
 
 def open_source(model: Any, request: SourceRequest) -> Source:
     """Turn any accepted model into a graph.
 
     Raises:
-        SourceError: Not recognised, or cannot be converted; says what was found and what is accepted.
+        SourceError: Not recognised; says what was found and what is accepted.
+        ConversionError: Recognised, and its framework cannot write it as ONNX; `whole_source` may still have it.
         GraphError: The ONNX model is not valid.
     """
     if isinstance(model, str | Path) or hasattr(model, "__fspath__"):
@@ -68,8 +84,6 @@ def _open_path(path: Path, request: SourceRequest) -> Source:
         raise SourceError(f"{path} is a folder without a saved_model.pb; no other is a model.", hint=ACCEPTED)
     if torch_files.recognises_file(path) is not None or path.suffix in (".pt", ".pth", ".pt2"):
         return _open_torch(path, request)
-    from accelrt.errors import GraphError
-
     try:
         return _open_onnx(path, request)
     except GraphError as error:
@@ -101,20 +115,28 @@ def _open_onnx(model: Any, request: SourceRequest) -> Source:
 
 
 def _open_torch(model: Any, request: SourceRequest) -> Source:
-    from accelrt.graph.load import load_graph
     from accelrt.sources import torch
 
     if request.options.signature is not None:
         raise OptionError("The option `signature` is for TensorFlow models; a PyTorch model has no signatures.")
     _refuse_aliases(request)
-    return Source(load_graph(torch.to_onnx(model, request)), "torch")
+    return _converted(torch.to_onnx(model, request), "torch", model, request)
 
 
 def _open_tensorflow(model: Any, request: SourceRequest) -> Source:
-    from accelrt.graph.load import load_graph
     from accelrt.sources import tensorflow
 
-    return Source(load_graph(tensorflow.to_onnx(model, request)), "tensorflow")
+    return _converted(tensorflow.to_onnx(model, request), "tensorflow", model, request)
+
+
+def _converted(converted: Any, framework: str, model: Any, request: SourceRequest) -> Source:
+    from accelrt.graph.load import load_graph
+
+    try:
+        graph = load_graph(converted)
+    except GraphError as error:
+        raise ConversionError(f"{framework} wrote ONNX that is not valid: {error.message}", hint=error.hint) from error
+    return Source(graph, framework, whole_source(model, request))
 
 
 def _refuse_aliases(request: SourceRequest) -> None:

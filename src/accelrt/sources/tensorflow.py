@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 
@@ -50,17 +50,13 @@ def to_onnx(model: object, request: SourceRequest) -> ir.Model:
         IsolatedError: TensorFlow or tf2onnx crashed or hung in the child process.
         OptionError: An option that has no meaning for this model.
     """
-    if request.options.dynamic_shapes is not None:
-        raise OptionError(
-            "The option `dynamic_shapes` is for PyTorch models; a TensorFlow model has its own open dimensions.",
-            hint="Where examples give the shapes, pass tf.TensorSpec([None, 224, 224, 3]) as an example input.",
-        )
+    check_options(request)
     source = str(model) if isinstance(model, Path) else f"the {type(model).__name__}"
     kind: FileKind | None = recognises_file(model) if isinstance(model, Path) else "saved-model"
     if isinstance(model, Path):
-        _refuse(model, kind, request)
+        refuse(model, kind, request)
     for package in ("tensorflow", "tf2onnx"):
-        if not _is_installed(package):
+        if not is_installed(package):
             raise SourceError(
                 f"{source} needs {package}, which is not installed.", hint="Run: pip install accelrt[tensorflow]"
             )
@@ -74,7 +70,7 @@ def to_onnx(model: object, request: SourceRequest) -> ir.Model:
                 path = path.parent
             elif kind == "graph-def":
                 # The child looks the tensors up, and names them.
-                arguments.update(inputs=_plain(request.input_names), outputs=_plain(request.output_names))
+                arguments.update(inputs=plain(request.input_names), outputs=plain(request.output_names))
                 request = replace(request, input_names=None, output_names=None)
         else:
             from accelrt.sources.tensorflow_live import export
@@ -102,7 +98,22 @@ def to_onnx(model: object, request: SourceRequest) -> ir.Model:
     return converted
 
 
-def _refuse(path: Path, kind: FileKind | None, request: SourceRequest) -> None:
+def check_options(request: SourceRequest) -> None:
+    """Raise `OptionError` for an option that has no meaning for TensorFlow."""
+    if request.options.dynamic_shapes is not None:
+        raise OptionError(
+            "The option `dynamic_shapes` is for PyTorch models; a TensorFlow model has its own open dimensions.",
+            hint="Where examples give the shapes, pass tf.TensorSpec([None, 224, 224, 3]) as an example input.",
+        )
+
+
+def refuse(path: Path, kind: FileKind | None, request: SourceRequest) -> None:
+    """Refuse a file that is no model of TensorFlow, or one that would run code.
+
+    Raises:
+        SourceError: It is such a file.
+        OptionError: A signature is asked for, and the file has none.
+    """
     if kind == "tflite":
         raise SourceError(
             f"{path} is a TensorFlow Lite model, and those are not taken.",
@@ -121,14 +132,16 @@ def _refuse(path: Path, kind: FileKind | None, request: SourceRequest) -> None:
         vet_keras(path)
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Tell whether a package can be imported, without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
     except ValueError:  # in sys.modules, but made by hand
         return sys.modules.get(package) is not None
 
 
-def _plain(names: Sequence[str] | Mapping[str, str] | None) -> list[str] | dict[str, str] | None:
+def plain(names: Sequence[str] | Mapping[str, str] | None) -> list[str] | dict[str, str] | None:
+    """Return names as JSON has them."""
     if names is None:
         return None
     return dict(names) if isinstance(names, Mapping) else list(names)
@@ -142,28 +155,47 @@ def _arrange(graph: ir.Graph, ports: dict[str, Any], request: SourceRequest, sou
             shape = None if port["shape"] is None else ir.Shape(port["shape"])
             kind = ir.TensorType(ir.DataType(port["dtype"]))
             by_name[port["tensor"]] = ir.Value(name=port["tensor"], shape=shape, type=kind)
-    inputs = _selected("input", ports["inputs"], request.input_names, source)
-    outputs = _selected("output", ports["outputs"], request.output_names, source)
+    inputs, outputs = select(ports, request, source)
+    for values, chosen in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        values[:] = [by_name[port["tensor"]] for port in chosen]
+    own = own_names(inputs, outputs, request)
+    name_ports(graph, unlike([port["name"] for port in outputs], own.input_names), own)
+    _name_axes(graph, ports["batch"])
+
+
+Ports: TypeAlias = list[dict[str, Any]]
+"""Inputs or outputs as the child describes them: ``name`` and what else it says of each."""
+
+
+def select(ports: Mapping[str, Ports], request: SourceRequest, source: str) -> tuple[Ports, Ports]:
+    """Return the inputs and outputs that were asked for, in that order.
+
+    Raises:
+        SourceError: One is not there, or an input is left out.
+    """
+    inputs = selected("input", ports["inputs"], request.input_names, source)
+    outputs = selected("output", ports["outputs"], request.output_names, source)
     if len(inputs) < len(ports["inputs"]):
         lacking = [port["name"] for port in ports["inputs"] if port["name"] not in {p["name"] for p in inputs}]
         raise SourceError(f"The input names lack {', '.join(lacking)}, which {source} takes.")
-    for values, chosen in ((graph.inputs, inputs), (graph.outputs, outputs)):
-        values[:] = [by_name[port["tensor"]] for port in chosen]
+    return inputs, outputs
+
+
+def own_names(inputs: Ports, outputs: Ports, request: SourceRequest) -> SourceRequest:
+    """Return a request that asks for the names which selected ports are to have."""
     asked = [
         [port["alias"] for port in chosen] if isinstance(names, Mapping) else names
         for chosen, names in ((inputs, request.input_names), (outputs, request.output_names))
     ]
-    own = SourceRequest(input_names=asked[0] or [port["name"] for port in inputs], output_names=asked[1])
-    name_ports(graph, _unlike([port["name"] for port in outputs], own.input_names), own)
-    _name_axes(graph, ports["batch"])
+    return SourceRequest(input_names=asked[0] or [port["name"] for port in inputs], output_names=asked[1])
 
 
-def _unlike(outputs: list[str], inputs: Sequence[str] | Mapping[str, str] | None) -> list[str]:
+def unlike(outputs: list[str], inputs: Sequence[str] | Mapping[str, str] | None) -> list[str]:
     """An ONNX value has one name: an output called as an input gets another, as with PyTorch's."""
     return [f"{name}_output" if name in (inputs or ()) else name for name in outputs]
 
 
-def _selected(
+def selected(
     side: str, ports: list[dict[str, Any]], names: Sequence[str] | Mapping[str, str] | None, source: str
 ) -> list[dict[str, Any]]:
     """Return the ports that an alias mapping speaks of, in its order; all of them where there is no mapping."""
@@ -179,7 +211,12 @@ def _name_axes(graph: ir.Graph, batch: bool) -> None:
     """Name open dimensions after their place: tf2onnx numbers them as it comes, and differently each time."""
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None:
-            value.shape = ir.Shape(
-                size if isinstance(size, int) else "batch" if batch and axis == 0 else f"{value.name}_dim_{axis}"
-                for axis, size in enumerate(value.shape)
-            )
+            value.shape = ir.Shape(named_axes(value.name or "", tuple(value.shape), batch))
+
+
+def named_axes(name: str, shape: Sequence[Any], batch: bool) -> tuple[int | str, ...]:
+    """Return a shape whose open dimensions are named after their place."""
+    return tuple(
+        size if isinstance(size, int) else "batch" if batch and axis == 0 else f"{name}_dim_{axis}"
+        for axis, size in enumerate(shape)
+    )

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelrt.errors import AccelrtError, SourceError
+from accelrt.errors import AccelrtError, ConversionError, SourceError
 from accelrt.sources.tensorflow_frozen import open_graph, port
 from accelrt.sources.tensorflow_inputs import described
 
@@ -114,8 +114,7 @@ def _write(frozen: dict[str, Any], target: Path, opset: int | None, source: str)
     except Exception as error:
         if log.operators:
             raise _no_form(source, log.operators) from error
-        with _explained(f"{source} cannot be converted by tf2onnx", None):
-            raise
+        raise ConversionError(f"{source} cannot be converted by tf2onnx: {described(error)}") from error
     finally:
         logging.getLogger("tf2onnx").removeHandler(log)
     if unsupported:
@@ -137,8 +136,8 @@ class _Unsupported(logging.Handler):
             self.operators.add(str(record.args[1]))
 
 
-def _no_form(source: str, operators: Iterable[str]) -> SourceError:
-    return SourceError(
+def _no_form(source: str, operators: Iterable[str]) -> ConversionError:
+    return ConversionError(
         f"{source} uses TensorFlow operators that tf2onnx cannot write as ONNX: {', '.join(sorted(operators))}.",
         hint="Move them out of the model, before or after it, or write that part with other operators.",
     )

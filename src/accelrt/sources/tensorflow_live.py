@@ -17,7 +17,7 @@ from accelrt.sources.request import SourceRequest
 from accelrt.sources.tensorflow_inputs import described, examples, mapped
 from accelrt.sources.torch_names import names_of
 
-_CHOICE = "serving_default"
+SERVING = "serving_default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,25 +67,34 @@ def trace(model: Any, request: SourceRequest, source: str) -> Traced:
 
 def trace_signature(signatures: Mapping[str, Any], asked: str | None, source: str) -> Traced:
     """Trace one signature of a SavedModel: the one asked for, else ``serving_default``, else the only one."""
-    known = sorted(signatures)
-    if not known:
-        raise SourceError(
-            f"{source} has no signatures.", hint="Save it with tf.saved_model.save(module, path, signatures=...)."
-        )
-    choice = asked or (_CHOICE if _CHOICE in known else known[0] if len(known) == 1 else None)
-    if choice not in known:
-        what = f"no signature {choice!r}" if choice else f"several signatures and no {_CHOICE}"
-        raise SourceError(
-            f"{source} has {what}; there are {', '.join(known)}.",
-            hint=f"Choose one: options={{'signature': {known[0]!r}}}.",
-        )
-    signature = signatures[choice]
+    signature = signatures[choose_signature(signatures, asked, source)]
     specs = dict(sorted(signature.structured_input_signature[1].items()))
 
     def call(tensors: Any) -> dict[str, Any]:
         return dict(sorted(signature(**dict(zip(specs, tensors, strict=True))).items()))
 
     return _flat(call, list(specs), [*specs.values()])
+
+
+def choose_signature(signatures: Mapping[str, Any], asked: str | None, source: str) -> str:
+    """Return the name of the signature asked for, else ``serving_default``, else the only one.
+
+    Raises:
+        SourceError: There is no such signature.
+    """
+    known = sorted(signatures)
+    if not known:
+        raise SourceError(
+            f"{source} has no signatures.", hint="Save it with tf.saved_model.save(module, path, signatures=...)."
+        )
+    choice = asked or (SERVING if SERVING in known else known[0] if len(known) == 1 else None)
+    if choice not in known:
+        what = f"no signature {choice!r}" if choice else f"several signatures and no {SERVING}"
+        raise SourceError(
+            f"{source} has {what}; there are {', '.join(known)}.",
+            hint=f"Choose one: options={{'signature': {known[0]!r}}}.",
+        )
+    return choice
 
 
 def export(model: Any, request: SourceRequest, source: str, path: Path) -> Traced:
@@ -98,22 +107,7 @@ def export(model: Any, request: SourceRequest, source: str, path: Path) -> Trace
     with _quiet():
         try:
             traced = trace(model, request, source)
-            holder = tf.Module()
-            holder.kept = list(traced.function.graph.variables)
-            specs = [tf.TensorSpec(t.shape, t.dtype, _safe("input", i)) for i, t in enumerate(_inputs(traced))]
-
-            def serve(*tensors: Any) -> dict[str, Any]:
-                return {_safe("output", i): value for i, value in enumerate(traced.function(*tensors))}
-
-            serving = tf.function(serve, input_signature=specs, autograph=False)
-            try:
-                tf.saved_model.save(holder, str(path), signatures={_CHOICE: serving})
-            except AssertionError:
-                # It uses tables, which only the model itself can save; it takes longer, with all its functions.
-                if not isinstance(model, tf.__internal__.tracking.AutoTrackable):
-                    raise
-                holder.model = model
-                tf.saved_model.save(holder, str(path), signatures={_CHOICE: serving})
+            save(traced, path, model if isinstance(model, tf.__internal__.tracking.AutoTrackable) else None)
         except SourceError:
             raise
         except Exception as error:
@@ -122,6 +116,71 @@ def export(model: Any, request: SourceRequest, source: str, path: Path) -> Trace
                 hint = "Make the function a method of a tf.Module that holds what it uses, and pass the module."
             raise SourceError(f"{source} cannot be traced: {described(error)}", hint=hint) from error
     return traced
+
+
+def save(traced: Traced, path: Path, model: Any = None) -> None:
+    """Write what was traced to a SavedModel whose one signature has the arguments and results of `port_keys`."""
+    import tensorflow as tf
+
+    holder = tf.Module()
+    holder.kept = list(traced.function.graph.variables)
+    arguments, results = port_keys(traced)
+    specs = [tf.TensorSpec(t.shape, t.dtype, name) for name, t in zip(arguments, _inputs(traced), strict=True)]
+
+    def serve(*tensors: Any) -> dict[str, Any]:
+        return dict(zip(results, traced.function(*tensors), strict=True))
+
+    serving = tf.function(serve, input_signature=specs, autograph=False)
+    try:
+        tf.saved_model.save(holder, str(path), signatures={SERVING: serving})
+    except AssertionError:
+        # It uses tables, which only the model itself can save; it takes longer, with all its functions.
+        if model is None:
+            raise
+        holder.model = model
+        tf.saved_model.save(holder, str(path), signatures={SERVING: serving})
+
+
+def port_keys(traced: Traced) -> tuple[list[str], list[str]]:
+    """Return what `save` calls arguments and results: names that sort in order, since TensorFlow sorts them."""
+    return [_safe("input", i) for i in range(len(traced.inputs))], [
+        _safe("output", i) for i in range(len(traced.outputs))
+    ]
+
+
+def describe(traced: Traced) -> dict[str, Any]:
+    """Describe what `save` wrote, in JSON's terms.
+
+    Returns:
+        ``signature``, the name of one; ``inputs`` and ``outputs``: for each its name, the signature's ``key`` for it,
+        ``dtype`` and ``shape`` (None for any); ``batch``: whether the first dimension of each is known to be the batch;
+        ``weight_bytes``: what its variables hold.
+    """
+    keys = port_keys(traced)
+    sides = (traced.inputs, _inputs(traced)), (traced.outputs, traced.function.outputs)
+    inputs, outputs = (
+        [port_of(name, key, tensor) for name, key, tensor in zip(names, own, tensors, strict=True)]
+        for own, (names, tensors) in zip(keys, sides, strict=True)
+    )
+    return {
+        "signature": SERVING,
+        "inputs": inputs,
+        "outputs": outputs,
+        "batch": traced.batch,
+        "weight_bytes": bytes_of(traced.function),
+    }
+
+
+def port_of(name: str, key: str, spec: Any) -> dict[str, Any]:
+    """Describe one input or output."""
+    shape = None if spec.shape.rank is None else spec.shape.as_list()
+    return {"name": name, "key": key, "dtype": spec.dtype.name, "shape": shape}
+
+
+def bytes_of(function: Any) -> int:
+    """Count the bytes of the variables of a concrete function."""
+    kept = (variable for variable in function.graph.variables if variable.dtype.size)
+    return sum(variable.shape.num_elements() * variable.dtype.size for variable in kept)
 
 
 def _safe(side: str, index: int) -> str:

@@ -23,12 +23,22 @@ def name_ports(graph: ir.Graph, outputs: Sequence[str] | None, request: SourceRe
     if outputs is None or len(outputs) != len(graph.outputs):
         count = len(graph.outputs)
         outputs = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
-    outputs = [f"{name}_output" if name in inputs else name for name in outputs]
-    inputs = _chosen("input", request.input_names, inputs)
-    outputs = _chosen("output", request.output_names, outputs)
-    if both := sorted({*inputs} & {*outputs}):
-        raise SourceError(f"{', '.join(both)} is asked for as an input's name and as an output's.")
+    inputs, outputs = port_names(inputs, outputs, request)
     rename(graph, dict(zip([*graph.inputs, *graph.outputs], [*inputs, *outputs], strict=True)))
+
+
+def port_names(inputs: list[str], outputs: Sequence[str], request: SourceRequest) -> tuple[list[str], list[str]]:
+    """Return the names of inputs and outputs: those asked for, else their own, none of them on both sides.
+
+    Raises:
+        SourceError: The names asked for are too many, too few, or not distinct.
+    """
+    found = [f"{name}_output" if name in inputs else name for name in outputs]
+    inputs = _chosen("input", request.input_names, inputs)
+    found = _chosen("output", request.output_names, found)
+    if both := sorted({*inputs} & {*found}):
+        raise SourceError(f"{', '.join(both)} is asked for as an input's name and as an output's.")
+    return inputs, found
 
 
 def leaf_names(program: Any) -> list[str]:
@@ -39,7 +49,12 @@ def leaf_names(program: Any) -> list[str]:
     outputs = [o.arg for o in program.graph_signature.output_specs if o.kind.name == "USER_OUTPUT"]
     # A constant, None above all, is returned by Python alone; it is no output of the graph.
     leaves = [None if isinstance(argument, ConstantArgument) else argument.name for argument in outputs]
-    names = names_of(pytree.tree_unflatten(leaves, program.call_spec.out_spec), "")
+    return output_names(pytree.tree_unflatten(leaves, program.call_spec.out_spec))
+
+
+def output_names(result: Any) -> list[str]:
+    """Name the leaves of what a model returns after its keys or fields, else ``output``, ``output_0``..."""
+    names = names_of(result, "")
     if len(names) == 1 and not names[0]:
         return ["output"]
     names = [f"output{name}" if name.startswith("_") or not name else name for name in names]

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
+from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +33,7 @@ import accelrt
 from accelrt.artifact.artifact import Artifact
 from accelrt.backend import (
     API_VERSION,
+    WHOLE_FILES,
     Backend,
     Caps,
     CompileJob,
@@ -45,15 +46,16 @@ from accelrt.backend import (
     Verdict,
 )
 from accelrt.data import digits_model
-from accelrt.errors import AccelrtError, SessionClosed, UnsupportedNodes
+from accelrt.errors import AccelrtError, CompileError, SessionClosed, UnsupportedNodes, UntrustedProgram
 from accelrt.graph.load import load_graph
 from accelrt.graph.model import Graph
 from accelrt.graph.node import WEIGHTS_FILE, Node
 from accelrt.graph.types import Signature
 from accelrt.graph.weights import WeightFile
 from accelrt.options import from_json
-from accelrt.registry import REGISTRY, find_engine
+from accelrt.registry import REGISTRY, find_engine, takes_whole
 from accelrt.runtime.session import Session
+from accelrt.sources import SourceOptions, SourceRequest, whole_source
 from accelrt.target import Target, parse
 from accelrt.testing.models import Array, Builder, mlp, small_cnn
 
@@ -91,6 +93,15 @@ MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class WholeCase:
+    """A model in its framework's own form, with what `accelrt.compile` needs to know of it."""
+
+    model: Any
+    example_inputs: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
 class BackendContract:
     """Derive a class, set `backend_class`, and pytest does the rest.
 
@@ -99,6 +110,10 @@ class BackendContract:
         engine_name: The engine under test; None for the first.
         sdk_modules: Top-level modules of the vendor that importing the backend must not import.
         rtol, atol: How far answers may be from those of the CPU; wider for engines that compute in less than fp32.
+        whole_models: For an engine that takes sources whole: functions that build ``mlp``, a model of float tensors
+            with an open batch, and ``views``, which takes ``x`` and returns it as ``y`` in another shape. Both must
+            convert to ONNX, so that there is something to compare with.
+        engine_options: Options of the engine under test, if not its defaults.
     """
 
     backend_class: ClassVar[type[Backend]]
@@ -106,6 +121,8 @@ class BackendContract:
     sdk_modules: ClassVar[Sequence[str]] = ()
     rtol: ClassVar[float] = 1e-3
     atol: ClassVar[float] = 1e-4
+    whole_models: ClassVar[Mapping[str, Callable[[], WholeCase]]] = {}
+    engine_options: ClassVar[Mapping[str, Any]] = {}
 
     # What the tests work with
 
@@ -168,12 +185,41 @@ class BackendContract:
 
     def job(self, engine: Engine, folder: Path) -> CompileJob:
         """Return something to compile that the engine says it supports."""
+        if takes_whole(engine):
+            return self.whole_job(engine, folder)
         graph = self.something_supported(engine)
         weights = WeightFile(folder / WEIGHTS_FILE)
         graph.write(folder / "segment.onnx", weights)
         weights.close()
         precision = engine.caps.default_precision
-        return CompileJob(folder / "segment.onnx", graph.signature, precision, engine.options())
+        return CompileJob(folder / "segment.onnx", graph.signature, precision, engine.options(**self.engine_options))
+
+    def whole_job(self, engine: Engine, folder: Path) -> CompileJob:
+        """Return a source that the engine takes whole."""
+        case = self.whole_case("mlp")
+        source = whole_source(case.model, SourceRequest(case.example_inputs, options=SourceOptions(**case.options)))
+        assert source is not None, "the model of the suite is ONNX, which no engine takes whole"
+        model = source.write(folder, engine.formats)
+        precision = engine.caps.default_precision
+        assert engine.supports_source(model.format, model.signature, precision).supported
+        return CompileJob(model.path, model.signature, precision, engine.options(**self.engine_options), model.format)
+
+    def whole_case(self, name: str) -> WholeCase:
+        """Return a model in its framework's own form."""
+        if name not in self.whole_models:
+            pytest.skip(f"the class under test has no whole model {name!r}")
+        return self.whole_models[name]()
+
+    def compiled(self, name: str, build: Callable[[], onnx.ModelProto], target: str) -> Artifact:
+        """Return a model compiled for the engine under test, in the form that it takes."""
+        backend, _, engine = target.partition("/")
+        options = {f"{engine}.{key}": value for key, value in self.engine_options.items()}
+        if not takes_whole(find_engine(REGISTRY.backend(backend), engine)):
+            return accelrt.compile(build(), target, fallback="allow", options=options)
+        case = self.whole_case(name)
+        return accelrt.compile(
+            case.model, target, example_inputs=case.example_inputs, options={**case.options, **options}
+        )
 
     def something_supported(self, engine: Engine) -> Graph:
         """Return the longest start of a perceptron that the engine takes, else a node of any model that it takes."""
@@ -302,7 +348,7 @@ class BackendContract:
         assert program.fingerprint
         assert all(isinstance(key, str) and isinstance(value, str) for key, value in program.fingerprint.items())
         assert program.fingerprint == usable.fingerprint() == usable.fingerprint()
-        assert program.options == usable.options()
+        assert program.options == usable.options(**self.engine_options)
 
     def test_compile_leaves_its_source_alone(self, usable: Engine, tmp_path: Path) -> None:
         job = self.job(usable, tmp_path)
@@ -329,6 +375,8 @@ class BackendContract:
     def test_answers_are_those_of_the_cpu(
         self, target: str, devices: Sequence[Device], tmp_path: Path, model: str
     ) -> None:
+        if takes_whole(find_engine(REGISTRY.backend(target.partition("/")[0]), target.partition("/")[2])):
+            pytest.skip("it takes models whole, not as ONNX")
         proto = MODELS[model]()
         artifact = accelrt.compile(proto, target, fallback="allow")
         path = artifact.save(tmp_path / "model.accel")
@@ -345,8 +393,53 @@ class BackendContract:
             assert saved.stats().errors == 0
             assert saved.stats().fallbacks == 0, "the engine did not run what it compiled"
 
+    def test_answers_of_a_whole_model_are_those_of_the_cpu(
+        self, target: str, usable: Engine, devices: Sequence[Device], tmp_path: Path
+    ) -> None:
+        if not takes_whole(usable):
+            pytest.skip("it takes segments of graphs")
+        case = self.whole_case("mlp")
+        artifact = self.compiled("mlp", mlp, target)
+        converted = accelrt.compile(case.model, ORACLE, example_inputs=case.example_inputs, options=case.options)
+        assert artifact.signature.input_names == converted.signature.input_names
+        assert artifact.placement.whole is not None
+        assert [segment.engine for segment in artifact.placement.segments] == [target]
+        path = artifact.save(tmp_path / "model.accel")
+        if usable.caps.executes_code:
+            with pytest.raises(UntrustedProgram):
+                accelrt.load(path)
+        with (
+            accelrt.load(converted) as oracle,
+            accelrt.load(artifact) as fresh,
+            accelrt.load(path, fallback="error", trust=True) as saved,
+        ):
+            for batch in BATCHES:
+                inputs = draw(artifact.signature, batch)
+                expected = oracle.predict(inputs)
+                self.close_to(fresh.predict(inputs), expected)
+                self.close_to(saved.predict(inputs), expected)
+            assert saved.stats().fallbacks == 0, "the engine did not run what it compiled"
+
+    def test_an_engine_of_whole_models_takes_no_node_and_no_other_form(self, usable: Engine, tmp_path: Path) -> None:
+        if not takes_whole(usable):
+            pytest.skip("it takes segments of graphs")
+        precision = usable.caps.default_precision
+        for verdict in usable.supports_all(load_graph(mlp()).nodes, precision):
+            assert not verdict.supported
+            assert verdict.reason
+        job = self.job(usable, tmp_path)
+        for other in sorted({"onnx", *WHOLE_FILES} - set(usable.formats)):
+            refusal = usable.supports_source(other, job.signature, precision)
+            assert not refusal.supported
+            assert refusal.reason
+        (tmp_path / "refused").mkdir()
+        with pytest.raises(CompileError):
+            usable.compile(replace(job, format="onnx"), tmp_path / "refused")
+
     def test_what_is_refused_runs_elsewhere_and_the_placement_says_so(self, backend: Backend, target: str) -> None:
         engine = find_engine(backend, target.partition("/")[2])
+        if takes_whole(engine):
+            pytest.skip("it takes models whole: there are no nodes to refuse")
         proto = mixed()
         nodes = load_graph(proto).nodes
         verdicts = engine.supports_all(nodes, engine.caps.default_precision)
@@ -374,7 +467,7 @@ class BackendContract:
 
     def perceptron(self, target: str) -> Artifact:
         """Return the perceptron compiled for the engine under test."""
-        return accelrt.compile(mlp(), target, fallback="allow")
+        return self.compiled("mlp", mlp, target)
 
     def test_calls_from_several_threads_get_their_own_answers(self, session: Session) -> None:
         calls = [draw(session.signature, 1 + number % 3, seed=number) for number in range(24)]
@@ -420,7 +513,7 @@ class BackendContract:
             self.close_to(executable.run(inputs), expected)
 
     def test_outputs_do_not_share_memory_with_inputs(self, target: str, devices: Sequence[Device]) -> None:
-        with accelrt.load(accelrt.compile(views(), target, fallback="allow")) as session:
+        with accelrt.load(self.compiled("views", views, target)) as session:
             x = draw(session.signature, 1)["x"]
             y = session.predict(x)["y"]
             before = y.copy()
