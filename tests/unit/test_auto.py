@@ -195,6 +195,57 @@ def test_a_class_that_no_child_can_import_is_a_row() -> None:
     assert row.nature == "stand-in"
 
 
+@pytest.mark.torch
+def test_engines_that_take_whole_sources_are_candidates() -> None:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).eval()
+    rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    wishes: dict[str, Any] = {"example_inputs": (rows,), "tolerance": 2e-2}
+    artifact = auto(model, options={"torch.inductor": False}, **wishes)
+    assert artifact.candidates is not None
+    found = {(row.setup.target, row.setup.precision): row for row in artifact.candidates.rows}
+    whole = found["cpu/torch", "fp32"]
+    assert whole.measurement is not None
+    assert whole.error is not None
+    assert whole.error < 1e-5
+    assert "not in fp16" in found["cpu/torch", "fp16"].reason
+    assert "saved_model" in found["cpu/tensorflow", "fp32"].reason
+    faster = _faster(artifact.candidates, "cpu/torch")
+    chosen = auto(model, options={"torch.inductor": False}, profile=faster, **wishes)
+    assert chosen.manifest.target == "cpu/torch"
+    assert chosen.placement.whole is not None
+    with accelrt.load(chosen) as session:
+        (output,) = session.predict(rows).values()
+    np.testing.assert_allclose(output, model(rows).detach(), rtol=1e-5, atol=1e-6)
+
+
+def _faster(table: CandidateTable, target: str) -> CandidateTable:
+    """Return a table in which a target in fp32 was measured a thousand times as fast."""
+    from dataclasses import replace
+
+    return replace(
+        table,
+        rows=tuple(
+            replace(row, measurement=replace(row.measured, median_s=row.measured.median_s / 1000))
+            if row.measurement and (row.setup.target, row.setup.precision) == (target, "fp32")
+            else row
+            for row in table.rows
+        ),
+    )
+
+
+@pytest.mark.torch
+def test_what_cannot_be_verified_is_not_chosen() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Singular(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return torch.linalg.svdvals(x)
+
+    with pytest.raises(AccelrtError, match="ONNX"):
+        auto(Singular().eval(), example_inputs=(torch.eye(3),))
+
+
 PLUGIN = """
 import os, signal, time
 import numpy as np

@@ -75,12 +75,7 @@ def build_whole(
         CompileError: The engine refuses it, or fails.
         VerificationError: It does not pass the check.
     """
-    verdict = request.candidate.engine.supports_source(model.format, model.signature, request.precision)
-    if not verdict.supported:
-        raise CompileError(
-            f"{request.candidate.name} does not take the source whole: {verdict.reason}.",
-            backend=request.candidate.engine.name,
-        )
+    _check_taken(model, request)
     if progress is not None:
         progress("compiling the whole model", 0, 1)
     if cache:
@@ -98,6 +93,26 @@ def build_whole(
             except OSError as error:
                 logger.warning("The cache at %s cannot be used (%s); compiling without it.", found.folder, error)
     return _build_apart(model, request, check)
+
+
+def build_whole_into(folder: Path, model: WholeModel, request: WholeRequest) -> Artifact:
+    """Compile a source whole into an empty folder, which whoever asked keeps or removes; the cache is left alone.
+
+    Raises:
+        CompileError: The engine refuses it, or fails.
+    """
+    _check_taken(model, request)
+    manifest, _ = _compile_into(folder, model, request, None)
+    return Artifact(Entry(folder, manifest, unfinished=True))
+
+
+def _check_taken(model: WholeModel, request: WholeRequest) -> None:
+    verdict = request.candidate.engine.supports_source(model.format, model.signature, request.precision)
+    if not verdict.supported:
+        raise CompileError(
+            f"{request.candidate.name} does not take the source whole: {verdict.reason}.",
+            backend=request.candidate.engine.name,
+        )
 
 
 def _build_apart(model: WholeModel, request: WholeRequest, check: Check | None) -> Artifact:
@@ -168,7 +183,7 @@ def _placement(model: WholeModel, request: WholeRequest, remark: str) -> Placeme
         _total(model.signature.outputs),
     )
     place = WholePlace(model.format, request.reason, remark)
-    return Placement(request.target, candidate.name, (segment,), (), request.asked, place)
+    return Placement(request.target, candidate.name, (segment,), (), request.asked, whole=place)
 
 
 def _total(ports: tuple[Port, ...]) -> int | None:

@@ -54,7 +54,7 @@ def spots_of(table: Mapping[str, Any]) -> list[Spot]:
     for number, row in enumerate(table["rows"], start=1):
         if (measured := row["measurement"]) is None:
             continue
-        latency = measured["median_s"]
+        latency = measured["median_s" if table.get("latency_budget_s") is None else "percentile_s"]
         memory = measured.get("memory_bytes")
         reason = "" if row["status"] == "chosen" else kind_of(row["reason"])
         spots.append(
@@ -94,7 +94,12 @@ def draw(table: Mapping[str, Any], title: str) -> Figure:
     else:
         scale(axes.yaxis, axes.set_yscale, up)
         axes.set_ylabel("memory, MB" if any(up) else "error and memory not known")
-    axes.set_xlabel("median latency, ms" if by_latency else "throughput, rows per second")
+    budget, percentile = table.get("latency_budget_s"), table.get("percentile")
+    latency = "median latency, ms"
+    if by_latency and budget is not None:
+        latency = f"latency at the {percentile:g}th percentile, ms"
+        axes.axvline(budget * 1e3, color="#888888", linestyle=":", label=f"budget {budget * 1e3:g} ms")
+    axes.set_xlabel(latency if by_latency else "throughput, rows per second")
     axes.margins(0.12)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure

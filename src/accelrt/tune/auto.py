@@ -29,7 +29,7 @@ from accelrt.graph.weights import WeightFile
 from accelrt.partition.report import apply_policy
 from accelrt.policy import Fallback
 from accelrt.precision.compare import DEFAULT_RELATIVE_L2, Tolerance, tolerance_of
-from accelrt.registry import REGISTRY, Candidate
+from accelrt.registry import REGISTRY, Candidate, takes_whole
 from accelrt.target import parse
 from accelrt.tune.goal import Goal
 from accelrt.tune.machine import fingerprint, hidden_backends, machine, registered_classes
@@ -42,6 +42,7 @@ from accelrt.verification import Verification, Verifier, digest_of
 if TYPE_CHECKING:
     from accelrt.artifact.build import Progress
     from accelrt.graph.model import Graph
+    from accelrt.sources import WholeSource
 
 logger = logging.getLogger("accelrt")
 
@@ -63,6 +64,7 @@ class AutoRequest:
         calibration: Names what `quantise` works with.
         quantised: The model says itself where its integers are.
         profile: Figures measured earlier, on this machine or another, to choose by instead of measuring.
+        whole: How engines that take whole sources get it; None where it is not to be had so.
     """
 
     goal: Goal
@@ -77,6 +79,7 @@ class AutoRequest:
     calibration: str | None = None
     quantised: bool = False
     profile: CandidateTable | None = None
+    whole: WholeSource | None = None
 
     def key(self, verifier: Verifier) -> str:
         """Return the name under which the choice is cached: model, request, toolchains and machine."""
@@ -168,8 +171,10 @@ def _tune(
         int8_problem,
         tuple(request.given),
         rows if open_batch else None,
+        () if request.whole is None else request.whole.formats,
+        graph.signature,
     )
-    contenders = _importable(space.contenders())
+    contenders, wholes = _captured(work, request.whole, _importable(space.contenders()))
     write_values(work / "wanted", wanted)
     write_values(work / "verified", calls)
     timed: dict[int | None, Path] = {None: work / "timed"}
@@ -189,6 +194,7 @@ def _tune(
         registered_classes(),
         rows,
         request.verification.inputs is None,
+        wholes,
     )
     with Workbench(job, request.goal, request.limits, work) as bench:
         if request.profile is None:
@@ -265,6 +271,31 @@ def _sources(work: Path, graph: Graph, request: AutoRequest, bound: float) -> tu
     return sources, None
 
 
+def _captured(
+    work: Path, whole: WholeSource | None, contenders: Sequence[Contender]
+) -> tuple[list[Contender], dict[str, Path]]:
+    """Write the source whole for each engine that would take it so; exclude those for which that fails."""
+    written: dict[str, Path] = {}
+    problems: dict[str, str] = {}
+    for target in sorted({contender.base.target for contender in contenders if contender.excluded is None}):
+        engine = _chain(target)[0].engine
+        if whole is None or not takes_whole(engine):
+            continue
+        folder = work / f"whole-{len(written) + len(problems)}"
+        folder.mkdir()
+        try:
+            whole.write(folder, engine.formats)
+            written[target] = folder
+        except SourceError as error:
+            problems[target] = error.message
+    return [
+        replace(contender, variants=(), excluded=problems[contender.base.target])
+        if contender.excluded is None and contender.base.target in problems
+        else contender
+        for contender in contenders
+    ], written
+
+
 def _bound(signature: Signature, request: AutoRequest) -> float:
     """Return the largest relative error that is tolerated of any output."""
     default = DEFAULT_RELATIVE_L2[request.precision or ("int8" if request.quantised else "fp32")]
@@ -327,4 +358,6 @@ def every_engine() -> list[Candidate]:
 
 
 def _chain(target: str) -> Sequence[Candidate]:
-    return REGISTRY.candidates(parse(target))
+    """Return the engines that may have a share in a model compiled for a target."""
+    candidates = REGISTRY.candidates(parse(target))
+    return candidates[:1] if takes_whole(candidates[0].engine) else candidates

@@ -74,6 +74,7 @@ def _auto(
             calibration,
             quantised,
             profile,
+            source.whole,
         ),
         cache=wishes.cache,
         progress=wishes.progress,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from accelrt.artifact.candidates import Objective, Setup
 from accelrt.backend import Engine, Precision
 from accelrt.errors import AccelrtError
-from accelrt.registry import REGISTRY, Candidate, status_of
+from accelrt.graph.types import Signature
+from accelrt.registry import REGISTRY, Candidate, status_of, takes_whole
 from accelrt.tune.search import Contender
 
 ROUNDING: Mapping[Precision, float] = {"fp32": 2**-24, "fp16": 2**-11, "bf16": 2**-8, "int8": 2**-8}
@@ -33,6 +34,8 @@ class Space:
         int8_problem: Why a model that is not quantised cannot be tried in int8; None if it can.
         given: The user's options; what they fix is not varied.
         rows: Rows of the call where the model's batch is open, None where it is not.
+        formats: Formats in which the source can be had whole.
+        signature: Of the model.
     """
 
     objective: Objective
@@ -42,6 +45,8 @@ class Space:
     int8_problem: str | None = None
     given: Collection[str] = ()
     rows: int | None = None
+    formats: tuple[str, ...] = ()
+    signature: Signature = field(default_factory=lambda: Signature((), ()))
 
     def contenders(self) -> list[Contender]:
         """Return every engine of every backend in every precision, those that cannot be tried with the reason."""
@@ -75,10 +80,16 @@ class Space:
             return "right but slow; it takes only what nothing else can run"
         if not (status := status_of(candidate.engine)).usable:
             return f"not usable here: {status.reason}" + (f" (try: {status.remedy})" if status.remedy else "")
+        if takes_whole(candidate.engine) and self._format_for(candidate.engine) is None:
+            return f"it takes sources whole, as {' or '.join(candidate.engine.formats)}; this one is not to be had so"
         return None if devices else "its backend has no device here"
 
+    def _format_for(self, engine: Engine) -> str | None:
+        """Return the format in which an engine gets the source whole, None if there is none."""
+        return next((name for name in self.formats if name in engine.formats), None)
+
     def _contender(self, candidate: Candidate, precision: Precision, devices: int) -> Contender:
-        excluded = self._excluded(precision)
+        excluded = self._excluded(precision) or self._refused(candidate.engine, precision)
         setups = [] if excluded else self._setups(candidate, precision, devices)
         first, *others = setups or [Setup(candidate.name, precision)]
         return Contender(first, tuple(others), excluded, candidate.engine.caps.nature)
@@ -89,6 +100,13 @@ class Space:
         if self.rules_out(precision):
             return f"rounding to {precision} alone costs {ROUNDING[precision]:.1e}; the tolerance is {self.bound:g}"
         return self.int8_problem if precision == "int8" else None
+
+    def _refused(self, engine: Engine, precision: Precision) -> str | None:
+        """Return why an engine does not take the source whole in a precision; None if it does, or takes graphs."""
+        if not takes_whole(engine):
+            return None
+        verdict = engine.supports_source(self._format_for(engine) or "", self.signature, precision)
+        return None if verdict.supported else verdict.reason
 
     def rules_out(self, precision: Precision) -> bool:
         """Whether the tolerance is stricter than what rounding to a precision costs."""
@@ -111,7 +129,7 @@ class Space:
 
     def _sharing(self, engine: Engine, devices: int) -> list[tuple[dict[str, Any], int]]:
         """Return how the cores may be shared out: threads of an engine, and calls in flight."""
-        known = {field.name for field in fields(engine.options)}
+        known = {option.name for option in fields(engine.options)}
         threads = "threads" in known and not {"threads", f"{engine.name}.threads"} & set(self.given)
         streams = "streams" in known and not {"streams", f"{engine.name}.streams"} & set(self.given)
         if self.objective != "throughput":
@@ -145,8 +163,8 @@ def engine_options(given: Mapping[str, Any], chain: Sequence[Candidate]) -> dict
     """Return those of a user's options that one of these engines, the partitioner or the source knows."""
     from accelrt.options import PartitionOptions
 
-    known = {field.name for field in fields(PartitionOptions)}
+    known = {known.name for known in fields(PartitionOptions)}
     for candidate in chain:
-        names = {field.name for field in fields(candidate.engine.options)}
+        names = {known.name for known in fields(candidate.engine.options)}
         known |= names | {f"{candidate.engine.name}.{name}" for name in names}
     return {name: value for name, value in given.items() if name in known}

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 def compile_candidate(
     folder: str,
     source: str,
+    whole: str | None,
     target: str,
     precision: Precision,
     options: Mapping[str, Any],
@@ -49,6 +50,7 @@ def compile_candidate(
     Args:
         folder: Where to, empty.
         source: The graph as an ONNX file, in Q/DQ form for int8.
+        whole: The folder that holds the source in its framework's own form, for engines that take it so.
         target, precision, options, fallback, source_format: What is asked of the build.
         calls, wanted: Files of the calls to verify with, and of what the reference gave for them.
         verification: The fields of a `Verification` as JSON.
@@ -58,22 +60,18 @@ def compile_candidate(
         CompileError: It cannot be compiled, or its engine would run nothing of the model.
         AccelrtError: It fails at load or run.
     """
-    from accelrt import options as option_module
-    from accelrt.artifact.build import BuildRequest, build_into
     from accelrt.graph.load import load_graph
     from accelrt.partition.report import apply_policy
     from accelrt.policy import check
-    from accelrt.precision.plan import plan
     from accelrt.verification import Verification, Verifier
 
     _register(classes)
     graph = load_graph(Path(source))
-    candidates, precisions = plan(REGISTRY.candidates(parse(target)), precision)
-    _refuse_idle(graph, candidates[0], precision)
-    resolved = option_module.resolve(options, candidates)
-    request = BuildRequest(target, candidates, resolved, source_format, precision, precisions)
     start = time.perf_counter()
-    artifact = build_into(Path(folder), graph, request)
+    if whole is not None:
+        artifact = _build_whole(Path(folder), Path(whole), target, precision, options, source_format)
+    else:
+        artifact = _build(Path(folder), graph, target, precision, options, source_format)
     compiled = time.perf_counter() - start
     if check(fallback) == "error":
         apply_policy(artifact.placement, "error")
@@ -91,6 +89,34 @@ def compile_candidate(
         "size_bytes": sum(record.size for record in artifact.manifest.files.values()),
         "report": report.to_json(),
     }
+
+
+def _build(
+    folder: Path, graph: Graph, target: str, precision: Precision, options: Mapping[str, Any], source_format: str
+) -> Artifact:
+    from accelrt import options as option_module
+    from accelrt.artifact.build import BuildRequest, build_into
+    from accelrt.precision.plan import plan
+
+    candidates, precisions = plan(REGISTRY.candidates(parse(target)), precision)
+    _refuse_idle(graph, candidates[0], precision)
+    resolved = option_module.resolve(options, candidates)
+    request = BuildRequest(target, candidates, resolved, source_format, precision, precisions)
+    return build_into(folder, graph, request)
+
+
+def _build_whole(
+    folder: Path, whole: Path, target: str, precision: Precision, options: Mapping[str, Any], source_format: str
+) -> Artifact:
+    from accelrt import options as option_module
+    from accelrt.artifact.whole import WholeRequest, build_whole_into
+    from accelrt.sources import open_whole
+
+    candidate = REGISTRY.candidates(parse(target))[0]
+    resolved = option_module.resolve(options, (candidate,)).engines[0]
+    reason = "it was the best as measured."
+    request = WholeRequest(target, candidate, resolved, source_format, reason, precision, precision)
+    return build_whole_into(folder, open_whole(whole), request)
 
 
 def _register(classes: Sequence[str]) -> None:

@@ -66,6 +66,7 @@ class Job:
         wanted: File of what the reference gave for those.
         options: Those of the user's options that a target's engines know, by target.
         random: Whether the calls were drawn.
+        wholes: Folders that hold the source whole, by the target whose engine takes it so.
     """
 
     sources: Mapping[str, Path]
@@ -79,6 +80,7 @@ class Job:
     classes: Sequence[str]
     rows: int
     random: bool
+    wholes: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -189,6 +191,7 @@ class Workbench:
                     "compile_candidate",
                     folder=str(folder),
                     source=str(job.sources.get(setup.precision, job.sources["fp32"])),
+                    whole=None if (whole := job.wholes.get(setup.target)) is None else str(whole),
                     target=setup.target,
                     precision=setup.precision,
                     options=options,
