@@ -37,6 +37,7 @@ class Feeder(Generic[T]):
         self.workers = workers
         self._call = call
         self._closed = False
+        self._draining: int | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._room = threading.Semaphore(workers + queue)
@@ -62,8 +63,7 @@ class Feeder(Generic[T]):
             if isinstance(error, RuntimeError) and self._closed:
                 raise _closed() from None
             raise
-        if counted:
-            future.add_done_callback(self._make_room)
+        future.add_done_callback(self._leave if counted else self._notify)
         return future
 
     def map(self, items: Iterable[Any]) -> Iterator[T]:
@@ -117,9 +117,14 @@ class Feeder(Generic[T]):
         with self._lock:
             self._closed = True
             pool = self._pool
-        if pool is not None:
-            # A thread cannot wait for itself: a callback may close the session whose call it follows.
-            pool.shutdown(wait=not getattr(self._inside, "yes", False), cancel_futures=True)
+        if pool is None:
+            return
+        self._draining = threading.get_ident()
+        pool.shutdown(wait=False, cancel_futures=True)
+        self._draining = None
+        # A thread cannot wait for itself: a callback may close the session whose call it follows.
+        if not getattr(self._inside, "yes", False):
+            pool.shutdown()
 
     def _start(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -132,8 +137,17 @@ class Feeder(Generic[T]):
     def _enter(self) -> None:
         self._inside.yes = True
 
-    def _make_room(self, _: Future[T]) -> None:
+    def _leave(self, future: Future[T]) -> None:
         self._room.release()
+        self._notify(future)
+
+    def _notify(self, future: Future[T]) -> None:
+        """Tell those in `concurrent.futures.wait` of a call that closing cancelled; the executor forgets to.
+
+        Only for what `close` has just taken out of the queue: elsewhere a thread of the pool does it.
+        """
+        if self._draining == threading.get_ident() and future.cancelled():
+            future.set_running_or_notify_cancel()
 
 
 def _result(future: Future[T]) -> T:
