@@ -27,7 +27,7 @@ def machines(draw: st.DrawFn) -> tuple[tuple[Group, ...], dict[int, tuple[str, .
         groups.append(Group(tuple(range(start, start + size)), whole=draw(st.booleans())))
         start += size
     held = draw(st.sets(st.integers(0, total - 1)))
-    return tuple(groups), {device: ("session 0",) for device in held}
+    return tuple(groups), dict.fromkeys(held, ("session 0",))
 
 
 def room(groups: tuple[Group, ...], held: dict[int, tuple[str, ...]], width: int) -> int:
@@ -110,7 +110,7 @@ def test_models_loaded_in_order_take_the_next_free_group() -> None:
     for number, size in enumerate(sizes):
         (spot,) = place([size], groups, holders=held, exclusive=True, backend="neuron")
         assert spot == Spot(groups[number].devices, groups[number].devices)
-        held |= {device: (f"session {number}",) for device in spot.held}
+        held |= dict.fromkeys(spot.held, (f"session {number}",))
     with pytest.raises(CoresUnavailable, match=r"neuron:15 by session 6"):
         place([1], groups, holders=held, exclusive=True, backend="neuron")
 
@@ -121,7 +121,7 @@ def test_a_pool_is_used_in_sequence() -> None:
     for size in (2, 4, 3, 4):
         (spot,) = place([size], pool, holders=held, exclusive=True)
         starts.append(spot.devices[0])
-        held |= {device: ("x",) for device in spot.held}
+        held |= dict.fromkeys(spot.held, ("x",))
     assert starts == [0, 2, 6, 9]
 
 
@@ -134,7 +134,9 @@ def test_named_devices_must_be_there_and_free() -> None:
     pool = [Group((0, 1, 2, 3))]
     with pytest.raises(CoresUnavailable, match=r"no device 5; it has \[0, 1, 2, 3\]"):
         place([1], pool, named=[Group((3, 5))], backend="b")
-    with pytest.raises(CoresUnavailable, match=r"4 replicas of 1 device asked for on 'b', room for 3 among 4. Held: b:2 by me"):
+    with pytest.raises(
+        CoresUnavailable, match=r"4 replicas of 1 device asked for on 'b', room for 3 among 4. Held: b:2 by me"
+    ):
         place([1], pool, named=[Group((0, 1, 2, 3))], holders={2: ("me",)}, exclusive=True, backend="b")
     with pytest.raises(CoresUnavailable, match="1 replica of 2 devices asked for"):
         place([2], pool, named=[Group((0, 2))], backend="b")
@@ -156,7 +158,7 @@ def taking(*devices: int) -> Callable[[Holders], tuple[Spot, ...]]:
 def test_released_devices_are_free_again() -> None:
     ledger = Ledger()
     hold = ledger.acquire("b", "first", taking(0, 1))
-    with pytest.raises(CoresUnavailable, match="1 is held by .*first"):
+    with pytest.raises(CoresUnavailable, match=r"1 is held by .*first"):
         ledger.acquire("b", "second", taking(1, 2))
     other = ledger.acquire("c", "third", taking(1))
     assert ledger.holders("b") == {0: ("first",), 1: ("first",)}
