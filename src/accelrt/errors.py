@@ -19,7 +19,7 @@
     │   ├── ArtifactVersionError  written by a newer accelrt
     │   └── IncompatibleProgram   compiled by another toolchain or for another device
     ├── DeviceError               a device that cannot be had or has failed
-    │   ├── CoresUnavailable      more devices or cores asked for than there are
+    │   ├── CoresUnavailable      more devices or cores asked for than there are, or than are free
     │   ├── OutOfDeviceMemory     the program does not fit the device
     │   └── DeviceLost            the device went away while in use
     ├── ExecutionError            a segment failed on every engine that may run it
@@ -130,7 +130,7 @@ class DeviceError(AccelrtError):
 
 
 class CoresUnavailable(DeviceError):
-    """More devices or cores asked for than there are."""
+    """More devices or cores asked for than there are, or than are free."""
 
 
 class OutOfDeviceMemory(DeviceError):
