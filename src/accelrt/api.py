@@ -146,7 +146,8 @@ def load(
 
     Args:
         model: An `Artifact`, the path of a saved one, or any model that `compile` takes.
-        backend: For a model: its target, as for `compile`. An artifact has its own and takes none.
+        backend: For a model: its target, as for `compile`; if absent the backend that ``devices`` names, if so. An
+            artifact has its own and takes none.
         devices: Indices of the backend's devices: ``"0-3"``, ``"neuron:0-3"``, 2 or a list of numbers, from which each
             replica takes as many as a copy of the model needs; or a list of texts, ``["0-3", "4-7"]``, groups that one
             replica each takes whole. If absent those of the artifact's target; else one replica takes the next free
@@ -178,7 +179,8 @@ def load(
     asked = Asked(groups, of, replicas, workers)
     artifact = _as_artifact(model)
     if artifact is None:
-        artifact = compile(model, backend, example_inputs=example_inputs, fallback=policy, options=options)
+        # Devices that name their backend are a target.
+        artifact = compile(model, backend or of, example_inputs=example_inputs, fallback=policy, options=options)
     elif surplus := [
         n for n, v in (("backend", backend), ("example_inputs", example_inputs), ("options", options)) if v
     ]:

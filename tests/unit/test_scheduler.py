@@ -102,6 +102,9 @@ def test_devices_may_name_their_backend(fake: Callable[..., str]) -> None:
         assert devices_of(session) == [(0, 1), (2, 3)]
     with accelrt.load(affine(), backend=f"{name}:2-3") as session:
         assert devices_of(session) == [(2, 3)]
+    with accelrt.load(affine(), devices=f"{name}:1-2") as session:
+        assert session.stats().engines == (f"{name}/fake",)
+        assert devices_of(session) == [(1, 2)]
     with pytest.raises(TargetError, match="'cpu'"):
         accelrt.load(affine(), backend=name, devices="cpu:0")
     for wrong in ("a b:0", ["0-1", "1-2"], ["x:0", "y:1"], "", [], [True], ["0", 1], ":0-"):
@@ -159,7 +162,11 @@ def test_a_named_device_that_another_session_holds(fake: Callable[..., str], cap
 
 def test_a_session_that_is_dropped_frees_its_devices(fake: Callable[..., str]) -> None:
     artifact = accelrt.compile(affine(), fake(devices=1, exclusive=True))
-    accelrt.load(artifact, fallback="error").predict(numbered(1))
+    dropped = accelrt.load(artifact, fallback="error")
+    assert answered(dropped.predict(numbered(1)), 1)
+    assert answered(dropped.submit(numbered(2)).result(), 2)
+    assert len(list(dropped.map(map(numbered, range(5))))) == 5
+    del dropped
     with accelrt.load(artifact, fallback="error") as session:
         assert devices_of(session) == [(0,)]
 
@@ -542,11 +549,16 @@ def test_many_threads_lose_devices_together(fake: Callable[..., str]) -> None:
         assert sum(replica.lost for replica in stats.replicas) == 3
 
 
-def test_trace_goes_around_a_lost_replica(fake: Callable[..., str]) -> None:
+def test_trace_says_that_a_device_was_lost_and_then_goes_around_it(fake: Callable[..., str]) -> None:
     name = fake(devices=2, lost_after={0: 0}, operators={"Mul"})
     artifact = accelrt.compile(affine(), name, fallback="allow")
     with accelrt.load(artifact, devices="0-1", fallback="allow") as session:
         for number in range(4):
             assert answered(session.predict(numbered(number)), number)
+        (_, _), (_, last) = session.trace(numbered(6))
+        assert answered(last, 6)
+    with accelrt.load(artifact, devices="0-1", fallback="allow") as session:
+        with pytest.raises(ExecutionError, match="in the middle of a trace"):
+            list(session.trace(numbered(6)))
         (_, _), (_, last) = session.trace(numbered(6))
         assert answered(last, 6)

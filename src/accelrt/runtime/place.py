@@ -53,7 +53,7 @@ def place(
     Raises:
         CoresUnavailable: A named device is not there, or there is no room for so many replicas; says who holds what.
     """
-    width = max(needs, default=1)
+    width = max([1, *needs])
     allowed = {device for group in groups for device in group.devices}
     chosen = tuple(groups if named is None else named)
     if missing := sorted({device for group in chosen for device in group.devices} - allowed):

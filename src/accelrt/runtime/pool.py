@@ -131,11 +131,10 @@ class Feeder(Generic[T]):
             if self._closed:
                 raise _closed()
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(self.workers, "accelrt", self._enter)
+                # The threads must not refer to this: a session that is dropped without being closed would live as long
+                # as they do, and they as long as the session.
+                self._pool = ThreadPoolExecutor(self.workers, "accelrt", _enter, (self._inside,))
             return self._pool
-
-    def _enter(self) -> None:
-        self._inside.yes = True
 
     def _leave(self, future: Future[T]) -> None:
         self._room.release()
@@ -148,6 +147,10 @@ class Feeder(Generic[T]):
         """
         if self._draining == threading.get_ident() and future.cancelled():
             future.set_running_or_notify_cancel()
+
+
+def _enter(inside: threading.local) -> None:
+    inside.yes = True
 
 
 def _result(future: Future[T]) -> T:

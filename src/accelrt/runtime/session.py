@@ -12,13 +12,13 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-from accelrt.errors import SessionClosed
+from accelrt.errors import ExecutionError, SessionClosed
 from accelrt.graph.types import Signature, Value
 from accelrt.runtime.faults import Faults, peek
 from accelrt.runtime.inputs import Binder
 from accelrt.runtime.metrics import LatencyHistogram, SessionStats
 from accelrt.runtime.pool import Feeder
-from accelrt.runtime.replica import Outputs, Replica, Runner
+from accelrt.runtime.replica import Outputs, Replica, ReplicaRetired, Runner
 
 
 class Session:
@@ -91,7 +91,10 @@ class Session:
         Raises:
             Whatever `predict` raises, at the segment's turn.
         """
-        yield from self._leader().trace(self._binder.bind(inputs))
+        try:
+            yield from self._leader().trace(self._binder.bind(inputs))
+        except ReplicaRetired as retired:
+            raise ExecutionError("The device was lost in the middle of a trace.", hint="Trace again.") from retired
 
     def submit(self, *inputs: Any) -> Future[Outputs]:
         """Queue one call on the session's threads and return its future.
