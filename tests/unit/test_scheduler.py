@@ -96,6 +96,27 @@ def test_replicas_are_where_they_were_asked_for(
         assert session.stats().workers == len(places)
 
 
+def test_each_segment_is_given_the_devices_it_needs(fake: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, ...]] = []
+    needs, load = itertools.cycle((1, 3)), FakeEngine.load
+
+    def noted(self: FakeEngine, program: Any, devices: Any) -> Any:
+        given.append(tuple(device.index for device in devices))
+        return load(self, program, devices)
+
+    model = affine()
+    model.graph.node[1].op_type = "Sub"
+    model.graph.node.append(helper.make_node("Mul", ["s", "a"], ["y"]))
+    model.graph.node[1].output[0] = "s"
+    artifact = accelrt.compile(model, fake(devices=7, operators={"Mul"}), fallback="allow", cache=False)
+    monkeypatch.setattr(FakeEngine, "load", noted)
+    monkeypatch.setattr(FakeEngine, "devices_needed", lambda *_: next(needs))
+    with accelrt.load(artifact, devices="0-6") as session:
+        assert devices_of(session) == [(0, 1, 2), (3, 4, 5)]
+        np.testing.assert_array_equal(session.predict(numbered(2))["y"], numbered(15))
+    assert given == [(0,), (0, 1, 2), (3,), (3, 4, 5)]
+
+
 def test_devices_may_name_their_backend(fake: Callable[..., str]) -> None:
     name = fake(devices=4, cores=2)
     with accelrt.load(affine(), backend=name, devices=f"{name}:0-3") as session:
@@ -250,6 +271,7 @@ def test_replicas_of_the_cpu_share_it() -> None:
     workers=st.none() | st.integers(1, 9),
     concurrent=st.booleans(),
     split=st.booleans(),
+    grouped=st.booleans(),
 )
 def test_any_replicas_and_groups_answer_as_one_thread_does(
     sizes: list[int],
@@ -259,6 +281,7 @@ def test_any_replicas_and_groups_answer_as_one_thread_does(
     workers: int | None,
     concurrent: bool,
     split: bool,
+    grouped: bool,
 ) -> None:
     cores = min(cores, devices)
     generator = random.Random(7)
@@ -279,6 +302,8 @@ def test_any_replicas_and_groups_answer_as_one_thread_does(
         with accelrt.load(affine(), backend="cpu") as single:
             wanted = [single.predict(x)["y"] for x in inputs]
         arguments: dict[str, Any] = {"devices": f"0-{devices - 1}", "replicas": replicas, "workers": workers}
+        if grouped:
+            arguments["devices"] = [f"{n * cores}-{n * cores + cores - 1}" for n in range(devices // cores)]
         with accelrt.load(artifact, fallback="error", **arguments) as session:
             for got in (
                 [outputs["y"] for outputs in session.map(inputs)],
@@ -347,6 +372,31 @@ def test_no_request_is_lost_doubled_or_swapped(
         stats = session.stats()
     assert sum(replica.calls for replica in stats.replicas) == requests
     assert all(replica.calls > requests / 20 for replica in stats.replicas)
+
+
+def test_each_replica_of_a_serial_engine_gets_one_call_at_a_time(
+    fake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, crowds = _FakeExecutable.run, []
+    inside: Counter[int] = Counter()
+    lock = threading.Lock()
+
+    def counted(self: _FakeExecutable, inputs: Any) -> Any:
+        with lock:
+            inside[id(self)] += 1
+            crowds.append((inside[id(self)], sum(inside.values())))
+        try:
+            return run(self, inputs)
+        finally:
+            with lock:
+                inside[id(self)] -= 1
+
+    monkeypatch.setattr(_FakeExecutable, "run", counted)
+    name = fake(devices=3, concurrent=False, parallelism=2, latency_s=0.001)
+    with accelrt.load(affine(), backend=name, devices="0-2") as session, ThreadPoolExecutor(8) as threads:
+        list(threads.map(session.predict, map(numbered, range(100))))
+    assert max(own for own, _ in crowds) == 1
+    assert max(together for _, together in crowds) == 3
 
 
 def test_a_slow_device_takes_less(fake: Callable[..., str]) -> None:

@@ -270,7 +270,8 @@ class _Loader:
             try:
                 if ours and refused is not None:
                     raise refused
-                given = devices if ours else _some_devices(backend, engine.devices_needed(_options(engine, segment)))
+                need = engine.devices_needed(_options(engine, segment))
+                given = devices[:need] if ours else _some_devices(backend, need)
                 step.executable = _load(engine, self._program(segment, engine), given)
                 stack.callback(step.executable.close)
                 # A device beside the CPU is kept busy by calls of its own; on the CPU one counts.
