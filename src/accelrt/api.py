@@ -12,7 +12,7 @@ from accelrt.errors import ConversionError, OptionError
 from accelrt.policy import check as check_policy
 from accelrt.registry import REGISTRY, takes_whole
 from accelrt.sources.request import SourceRequest
-from accelrt.target import AUTO, parse_devices, requested
+from accelrt.target import AUTO, parse_groups, requested
 from accelrt.tune.wishes import Wishes
 
 if TYPE_CHECKING:
@@ -197,7 +197,9 @@ def load(
     model: Any,
     *,
     backend: str | None = None,
-    devices: str | int | Iterable[int] | None = None,
+    devices: str | int | Iterable[int] | Iterable[str] | None = None,
+    replicas: int | None = None,
+    workers: int | None = None,
     fallback: str = "warn",
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
@@ -207,8 +209,16 @@ def load(
 
     Args:
         model: An `Artifact`, the path of a saved one, or any model that `compile` takes.
-        backend: For a model: its target, as for `compile`. An artifact has its own and takes none.
-        devices: Indices of the backend's devices, ``"0-3"``, 2 or a list; all of them if absent.
+        backend: For a model: its target, as for `compile`; if absent the backend that ``devices`` names, if so. An
+            artifact has its own and takes none.
+        devices: Indices of the backend's devices: ``"0-3"``, ``"neuron:0-3"``, 2 or a list of numbers, from which each
+            replica takes as many as a copy of the model needs; or a list of texts, ``["0-3", "4-7"]``, groups that one
+            replica each takes whole. If absent those of the artifact's target; else one replica takes the next free
+            place.
+        replicas: Copies of the model, each with devices of its own where a backend gives each to one session only;
+            elsewhere they may share. If absent as many as ``devices`` has room for, else 1.
+        workers: Calls that `Session.submit` and `Session.map` have in flight at a time. If absent what the artifact
+            records, else what keeps each device busy, by its engine.
         fallback: What happens where a segment cannot run as compiled: no such engine or device, another toolchain, a
             failure at run time.
         example_inputs: For a model: as for `compile`.
@@ -220,18 +230,23 @@ def load(
         A session, ready to predict. Close it, or use it as a context manager.
 
     Raises:
+        CoresUnavailable: ``devices`` or ``replicas`` ask for more than there is, or than is free; says who holds what.
+        OptionError: ``replicas`` or ``workers`` is no such number.
         CorruptArtifact, ArtifactVersionError: The file is no artifact that can be trusted.
         UntrustedProgram: The file holds programs that run code, and ``trust`` was not given.
         IncompatibleProgram, BackendUnavailable, DeviceError: ``fallback="error"``, or there is no source to compile.
         AccelrtError: Whatever `compile` raises, for a model.
     """
+    from accelrt.runtime.asked import Asked
     from accelrt.runtime.load import open_session
 
     policy = check_policy(fallback)
-    wanted = None if devices is None else parse_devices(devices)
+    of, groups = (None, None) if devices is None else parse_groups(devices)
+    asked = Asked(groups, of, replicas, workers)
     artifact = _as_artifact(model, trust)
     if artifact is None:
-        artifact = compile(model, backend, example_inputs=example_inputs, fallback=policy, options=options)
+        # Devices that name their backend are a target.
+        artifact = compile(model, backend or of, example_inputs=example_inputs, fallback=policy, options=options)
     elif surplus := [
         n for n, v in (("backend", backend), ("example_inputs", example_inputs), ("options", options)) if v
     ]:
@@ -239,7 +254,7 @@ def load(
             f"{surplus[0]!r} belongs to compiling, and the artifact is compiled already.",
             hint="Pass it to accelrt.compile().",
         )
-    return open_session(artifact, devices=wanted, fallback=policy)
+    return open_session(artifact, asked=asked, fallback=policy)
 
 
 def _as_artifact(model: Any, trust: bool) -> Artifact | None:

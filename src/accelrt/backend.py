@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
+from accelrt.cores import Group
 from accelrt.graph.node import Node
 from accelrt.graph.types import Signature, Value
 from accelrt.nature import Nature
@@ -87,7 +88,7 @@ class Caps:
 
     Attributes:
         concurrent: `Executable.run` may be called from several threads at once.
-        parallelism: Calls in flight that keep one device busy.
+        parallelism: Calls in flight that keep one device busy; the scheduler has as many threads for each.
         nature: ``emulated`` computes on the CPU in the name of other hardware and is never chosen unless asked for by
             name; a ``stand-in`` takes the place of a runtime in tests. Every report says so.
         last_resort: Right but slow; nodes are never moved here to save a cut.
@@ -220,9 +221,16 @@ class Engine(ABC):
             CompileError: The segment cannot be compiled; it goes to the next engine.
         """
 
+    def devices_needed(self, options: Any) -> int:
+        """Return how many devices one copy of a program takes that was compiled with ``options``, at least 1.
+
+        The scheduler hands `load` that many, neighbours by index, a set of its own for every copy.
+        """
+        return 1
+
     @abstractmethod
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
-        """Make a program resident on ``devices``.
+        """Make a program resident on ``devices``: as many as `devices_needed` said.
 
         Raises:
             IncompatibleProgram: The files do not fit this toolchain after all.
@@ -238,7 +246,25 @@ class Backend(ABC):
     engines: tuple[Engine, ...]
     fallback: ClassVar[tuple[str, ...]] = ()
     """Engines, in order, that take what others refuse: the ``cpu`` backend's alone are asked."""
+    exclusive: ClassVar[bool] = False
+    """Whether a device takes the programs of one session only. Otherwise sessions share; the least used is first."""
 
     @abstractmethod
     def devices(self) -> Sequence[Device]:
         """Return the devices at hand; an empty sequence means that programs can be compiled but not run."""
+
+    def groups(self, environ: Mapping[str, str]) -> tuple[Group, ...]:
+        """Return what this process may use of `devices`, cut into groups; by default one pool of them all.
+
+        Sessions take the next free group in this order. `accelrt.cores` has the grammar of the variables that vendors
+        use for it.
+
+        Args:
+            environ: The environment variables, handed in by the core.
+
+        Raises:
+            OptionError: A variable cannot be read.
+            CoresUnavailable: A variable asks for devices that are not there.
+        """
+        indices = tuple(device.index for device in self.devices())
+        return (Group(indices),) if indices else ()

@@ -23,7 +23,7 @@
     │   ├── IncompatibleProgram   compiled by another toolchain or for another device
     │   └── UntrustedProgram      a file whose programs would run code, and nobody said that it may
     ├── DeviceError               a device that cannot be had or has failed
-    │   ├── CoresUnavailable      more devices or cores asked for than there are
+    │   ├── CoresUnavailable      more devices or cores asked for than there are, or than are free
     │   ├── OutOfDeviceMemory     the program does not fit the device
     │   └── DeviceLost            the device went away while in use
     ├── ExecutionError            a segment failed on every engine that may run it
@@ -152,7 +152,7 @@ class DeviceError(AccelrtError):
 
 
 class CoresUnavailable(DeviceError):
-    """More devices or cores asked for than there are."""
+    """More devices or cores asked for than there are, or than are free."""
 
 
 class OutOfDeviceMemory(DeviceError):

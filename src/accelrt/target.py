@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from accelrt.cores import Group
 from accelrt.errors import TargetError
 
 VARIABLE = "ACCELRT_BACKEND"
@@ -79,6 +80,37 @@ def parse_devices(devices: str | int | Iterable[int]) -> tuple[int, ...]:
     if len(set(indices)) != len(indices):
         raise TargetError(f"{devices!r} names a device twice.")
     return tuple(indices)
+
+
+def parse_groups(devices: str | int | Iterable[int] | Iterable[str]) -> tuple[str | None, tuple[Group, ...]]:
+    """Parse what `accelrt.load` takes as devices: the backend, if it is named, and groups.
+
+    ``"0-3"``, ``"neuron:0-3"``, 2 and ``[0, 1]`` are a pool, from which each replica takes what it needs;
+    ``["0-3", "4-7"]`` are groups that one replica each takes whole.
+
+    Raises:
+        TargetError: Neither, or a device named twice.
+    """
+    listed = devices if isinstance(devices, str | int) else list(devices)
+    if isinstance(listed, list) and listed and all(isinstance(item, str) for item in listed):
+        parts = [_named_devices(str(item)) for item in listed]
+        if len({backend for backend, _ in parts}) > 1:
+            raise TargetError(f"{listed!r} names devices of several backends.")
+        every = [device for _, group in parts for device in group]
+        if len(set(every)) != len(every):
+            raise TargetError(f"{listed!r} names a device twice.")
+        return parts[0][0], tuple(Group(group, whole=True) for _, group in parts)
+    if isinstance(listed, str):
+        backend, group = _named_devices(listed)
+        return backend, (Group(group),)
+    return None, (Group(parse_devices(listed)),)  # type: ignore[arg-type]  # a list of anything is checked there
+
+
+def _named_devices(text: str) -> tuple[str | None, tuple[int, ...]]:
+    backend, colon, devices = text.rpartition(":")
+    if colon and not is_name(backend.strip()):
+        raise TargetError(f"{text!r} names no devices.", hint="Write `0-3`, or `neuron:0-3`.")
+    return backend.strip() or None, parse_devices(devices)
 
 
 def requested(argument: str | None) -> Target:

@@ -21,7 +21,7 @@ BACKENDS = ROOT / "backends"
 LAYERS = (
     ("errors", "data", "nature"),
     ("graph", "policy", "isolation"),
-    ("backend", "target"),
+    ("backend", "target", "cores"),
     ("registry",),
     ("sources", "options", "partition", "precision", "inventory"),
     ("artifact",),
@@ -34,7 +34,8 @@ LAYERS = (
     ("testing", "scenarios", "plots", "cli", "serve", "advisor", "fleet", "compat", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-BACKENDS_MAY_IMPORT = {"backend", "errors", "graph", "isolation"}
+# cores: a backend cuts its devices into groups by its vendor's variables, and the scheduler has to mean the same by them.
+BACKENDS_MAY_IMPORT = {"backend", "cores", "errors", "graph", "isolation"}
 HEAVY = (
     "onnx",
     "onnx_ir",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from accelrt import options as option_module
 from accelrt.artifact.artifact import Artifact
 from accelrt.artifact.manifest import SegmentRecord
 from accelrt.artifact.store import program_files
-from accelrt.backend import Device, Engine, Executable, Program
+from accelrt.backend import Backend, Device, Engine, Executable, Program
+from accelrt.cores import Group
 from accelrt.errors import (
     AccelrtError,
     ArtifactError,
@@ -29,35 +35,55 @@ from accelrt.options import Options
 from accelrt.policy import Fallback, announce
 from accelrt.precision.plan import plan, precision_named
 from accelrt.registry import CPU, REGISTRY, Candidate, devices_of, find_engine, status_of, unavailable
-from accelrt.runtime.session import Session, Step
+from accelrt.runtime.asked import Asked, workers_of
+from accelrt.runtime.dispatch import Dispatcher
+from accelrt.runtime.faults import Faults, StandIn
+from accelrt.runtime.ledger import LEDGER, Holders
+from accelrt.runtime.place import Spot, place
+from accelrt.runtime.replica import Replica, Runner, Step
+from accelrt.runtime.session import Session
 from accelrt.target import Target, parse
 
 logger = logging.getLogger("accelrt")
 
-_MAX_WORKERS = 1024
+
+_NUMBERS = itertools.count(1)
 
 
-def open_session(artifact: Artifact, *, devices: tuple[int, ...] | None = None, fallback: Fallback = "warn") -> Session:
+def open_session(
+    artifact: Artifact,
+    *,
+    asked: Asked | None = None,
+    fallback: Fallback = "warn",
+    tried: frozenset[str] = frozenset(),
+) -> Session:
     """Load an artifact.
 
     Args:
         artifact: What to load.
-        devices: Indices within the artifact's backend; None for those its target names, else all.
+        asked: Devices, replicas and workers. Without devices those that the artifact's target names; without these one
+            replica takes the next free place.
         fallback: What to do where a segment cannot run as it was compiled.
+        tried: Engines that failed on the same work already and are not to take it over again.
 
     Raises:
         BackendUnavailable, IncompatibleProgram, DeviceError: By ``fallback="error"``, or because the artifact carries
             no source to compile again.
-        CoresUnavailable: ``devices`` names one that does not exist.
+        CoresUnavailable: Devices or replicas are asked for that are not there or not free.
+        TargetError: The devices are said to be another backend's than the artifact's.
     """
     if not artifact.trusted:
         _refuse_code(artifact)
+    asked = asked or Asked()
     target = parse(artifact.manifest.target)
-    wanted = devices if devices is not None else target.devices
+    if asked.backend not in (None, target.backend):
+        raise TargetError(
+            f"The devices asked for are of backend {asked.backend!r}, the artifact is for {target.backend!r}.",
+            hint="Name devices of the artifact's backend, or compile the model for the other.",
+        )
     if (stale := _stale(artifact)) is not None:
         artifact = _rebuilt(artifact, target, stale, fallback)
-    loader = _Loader(artifact, target, wanted, devices is not None, fallback)
-    return loader.session()
+    return _Loader(artifact, target, asked, fallback, tried).session()
 
 
 def _refuse_code(artifact: Artifact) -> None:
@@ -178,69 +204,149 @@ def _recorded(artifact: Artifact, candidates: Sequence[Candidate]) -> Options:
 class _Loader:
     artifact: Artifact
     target: Target
-    wanted: tuple[int, ...] | None
-    explicit: bool
+    asked: Asked
     fallback: Fallback
+    tried: frozenset[str]
 
     def session(self) -> Session:
-        steps: list[Step] = []
+        workers = workers_of(self.asked, self.artifact.manifest)
+        faults = Faults(self.fallback)
+        with ExitStack() as stack:
+            # They hold on to the artifact, whose folder the programs are read from; closed last.
+            stand_ins = [StandIn(partial(self._stand_in, i)) for i in range(len(self.artifact.manifest.segments))]
+            for stand_in in stand_ins:
+                stack.callback(stand_in.close)
+            replicas = self._replicas(stack, stand_ins, faults)
+            turns = [replica.parallelism for replica in replicas]
+            if workers is not None:
+                turns = [-(-workers // len(replicas))] * len(replicas)
+            # The seam for what gathers or reorders calls: it is a Runner too, and goes around this one.
+            runner: Runner = replicas[0] if len(replicas) == 1 else Dispatcher(replicas, faults, turns)
+            return Session(
+                self.artifact.signature,
+                replicas,
+                runner,
+                faults=faults,
+                workers=workers or sum(turns),
+                resources=stack.pop_all(),
+            )
+
+    def _replicas(self, stack: ExitStack, stand_ins: Sequence[StandIn], faults: Faults) -> list[Replica]:
+        """Load as many replicas as are asked for; leave out those that do not fit, while one does."""
+        spots: tuple[Spot, ...] | None
+        refused: AccelrtError | None = None
         try:
-            for index, segment in enumerate(self.artifact.manifest.segments):
-                steps.append(self._step(index, segment))
-        except BaseException:
-            for step in steps:
-                for executable in (step.executable, step.stand_in):
-                    if executable is not None:
-                        executable.close()
-            raise
-        mark_spent(steps, self.artifact.signature.output_names)
-        return Session(
-            self.artifact.signature, steps, fallback=self.fallback, workers=self._workers(), keep=self.artifact
-        )
-
-    def _workers(self) -> int:
-        """Return how many calls are in flight at a time: what ``auto`` chose, else what keeps every engine busy."""
-        segments = self.artifact.manifest.segments
-        if (chosen := self.artifact.manifest.options.get("workers")) is not None:
-            if type(chosen) is not int or not 1 <= chosen <= _MAX_WORKERS:
-                raise CorruptArtifact(f"The artifact asks for {chosen!r} calls at a time; 1 to {_MAX_WORKERS} can be.")
-            return chosen
-        return max((find_engine(REGISTRY.backend(s.backend), s.engine).caps.parallelism for s in segments), default=1)
-
-    def _step(self, index: int, segment: SegmentRecord) -> Step:
-        engine = find_engine(REGISTRY.backend(segment.backend), segment.engine)
-        lock = None if engine.caps.concurrent else threading.Lock()
-
-        def recover(error: BaseException) -> Executable:
-            return self._stand_in(index, error)
-
-        step = Step(segment.name, None, segment.signature.input_names, segment.signature.output_names, recover, lock)
-        try:
-            step.executable = load_program(engine, self._program(segment, engine), self._devices(segment))
-        except (DeviceError, IncompatibleProgram) as error:
-            # Devices named in this call must exist; and where the CPU's are missing there is nowhere to go.
-            named = self.explicit or segment.backend == CPU
-            asked_for = isinstance(error, CoresUnavailable) and named
-            if self.fallback == "error" or asked_for:
+            spots = self._spots(stack)
+        except CoresUnavailable as error:
+            if self.fallback == "error" or self.asked.explicit or self.target.backend == CPU:
                 raise
-            step.stand_in = self._stand_in(index, error)
-            announce(self.fallback, f"{segment.name} cannot take its segment; the CPU runs it: {error}")
-        return step
+            spots, refused = None, error
+        if spots is None or len(spots) == 1:
+            devices = self._devices(spots[0]) if spots else ()
+            return [self._replica(stack, devices, stand_ins, faults, refused)]
+        replicas: list[Replica] = []
+        for spot in spots:
+            with ExitStack() as own:
+                try:
+                    replicas.append(self._replica(own, self._devices(spot), stand_ins, faults, None, strict=True))
+                    stack.push(own.pop_all())
+                except (DeviceError, IncompatibleProgram) as error:
+                    if self.fallback == "error":
+                        raise
+                    refused = error
+        if not replicas:
+            return [self._replica(stack, self._devices(spots[0]), stand_ins, faults, None)]
+        if refused is not None:
+            announce(self.fallback, f"{len(replicas)} of {len(spots)} replicas could be loaded: {refused}")
+        return replicas
+
+    def _spots(self, stack: ExitStack) -> tuple[Spot, ...]:
+        """Choose devices on the target's backend and hold them; one empty place for each replica that needs none."""
+        needs = []
+        for segment in self.artifact.manifest.segments:
+            if segment.backend == self.target.backend:
+                engine = find_engine(REGISTRY.backend(segment.backend), segment.engine)
+                needs.append(engine.devices_needed(_options(engine, segment)))
+        if not needs:
+            return (Spot((), ()),) * (self.asked.replicas or 1)
+        backend = REGISTRY.backend(self.target.backend)
+        named = self.asked.groups
+        if named is None and self.target.devices is not None:
+            named = (Group(self.target.devices),)
+        groups = backend.groups(os.environ)
+        if not groups:
+            raise CoresUnavailable(f"Backend {backend.name!r} has no device here.", backend=backend.name)
+
+        def choose(holders: Holders) -> tuple[Spot, ...]:
+            return place(
+                needs,
+                groups,
+                self.asked.replicas,
+                named=named,
+                holders=holders,
+                exclusive=backend.exclusive,
+                backend=backend.name,
+            )
+
+        hold = LEDGER.acquire(backend.name, f"session {next(_NUMBERS)} ({self.target})", choose)
+        stack.callback(hold.release)
+        return hold.spots
+
+    def _devices(self, spot: Spot) -> tuple[Device, ...]:
+        return devices_of(REGISTRY.backend(self.target.backend), spot.devices) if spot.devices else ()
+
+    def _replica(
+        self,
+        stack: ExitStack,
+        devices: tuple[Device, ...],
+        stand_ins: Sequence[StandIn],
+        faults: Faults,
+        refused: AccelrtError | None,
+        *,
+        strict: bool = False,
+    ) -> Replica:
+        """Load all segments; unless ``strict``, those that do not fit get their stand-ins by the policy.
+
+        Args:
+            devices: Those of the target's backend.
+            refused: Why the target's backend has no devices for this session, if so.
+        """
+        steps, calls = [], 1
+        for segment, stand_in in zip(self.artifact.manifest.segments, stand_ins, strict=True):
+            backend = REGISTRY.backend(segment.backend)
+            engine = find_engine(backend, segment.engine)
+            ours = segment.backend == self.target.backend
+            lock = None if engine.caps.concurrent else threading.Lock()
+            ports = segment.signature
+            step = Step(segment.name, None, ports.input_names, ports.output_names, stand_in, lock)
+            try:
+                if ours and refused is not None:
+                    raise refused
+                need = engine.devices_needed(_options(engine, segment))
+                given = devices[:need] if ours else _some_devices(backend, need)
+                step.executable = load_program(engine, self._program(segment, engine), given)
+                stack.callback(step.executable.close)
+                # A device beside the CPU is kept busy by calls of its own; on the CPU one counts.
+                calls = max(calls, engine.caps.parallelism * (len(given) if ours else 1))
+            except (DeviceError, IncompatibleProgram) as error:
+                # Devices named in this call must exist; and where the CPU's are missing there is nowhere to go.
+                named = self.asked.explicit or segment.backend == CPU
+                if strict or self.fallback == "error" or (isinstance(error, CoresUnavailable) and named):
+                    raise
+                stand_in.get(error)
+                announce(self.fallback, f"{segment.name} cannot take its segment; the CPU runs it: {error}")
+            steps.append(step)
+        mark_spent(steps, self.artifact.signature.output_names)
+        names = tuple(device.name for device in devices)
+        return Replica(self.artifact.signature, steps, faults, devices=names, parallelism=calls)
 
     def _program(self, segment: SegmentRecord, engine: Engine) -> Program:
         files = program_files(self.artifact.folder, segment)
-        options = option_module.from_json(engine.options, segment.options)
-        return Program(files, segment.fingerprint, segment.signature, options, precision_named(segment.precision))
-
-    def _devices(self, segment: SegmentRecord) -> tuple[Device, ...]:
-        backend = REGISTRY.backend(segment.backend)
-        found = devices_of(backend, self.wanted if segment.backend == self.target.backend else None)
-        if not found:
-            raise CoresUnavailable(f"Backend {backend.name!r} has no device here.", backend=backend.name)
-        return found
+        precision = precision_named(segment.precision)
+        return Program(files, segment.fingerprint, segment.signature, _options(engine, segment), precision)
 
     def _stand_in(self, index: int, error: BaseException) -> Executable:
-        """Compile a segment for the CPU, without the engine that failed."""
+        """Compile a segment for the CPU, without the engines that failed."""
         from accelrt.artifact.build import BuildRequest, build
 
         segment = self.artifact.manifest.segments[index]
@@ -261,10 +367,13 @@ class _Loader:
             raise CorruptArtifact(
                 f"The placement of the artifact does not fit its source graph: {mismatch!r}."
             ) from mismatch
-        candidates = tuple(c for c in REGISTRY.candidates(Target(CPU)) if c.name != segment.name)
+        tried = self.tried | {segment.name}
+        candidates = tuple(c for c in REGISTRY.candidates(Target(CPU)) if c.name not in tried)
+        if not candidates:
+            raise BackendUnavailable(f"No engine is left to try: {', '.join(sorted(tried))} failed.") from error
         request = BuildRequest(CPU, candidates, option_module.resolve(None, candidates), "onnx")
         artifact = build(graph.extract(nodes), request, fallback="allow")
-        return _Nested(open_session(artifact, fallback="allow"))
+        return _Nested(open_session(artifact, fallback="allow", tried=tried))
 
 
 def mark_spent(steps: Sequence[Step], outputs: Sequence[str]) -> None:
@@ -274,6 +383,17 @@ def mark_spent(steps: Sequence[Step], outputs: Sequence[str]) -> None:
         touched = {*step.inputs, *step.outputs}
         step.spent = tuple(sorted(touched - needed))
         needed |= touched
+
+
+def _options(engine: Engine, segment: SegmentRecord) -> Any:
+    return option_module.from_json(engine.options, segment.options)
+
+
+def _some_devices(backend: Backend, count: int) -> tuple[Device, ...]:
+    """Return the first devices of a backend that is not the target's: those are not placed, and shared by all."""
+    if not (found := devices_of(backend, None)):
+        raise CoresUnavailable(f"Backend {backend.name!r} has no device here.", backend=backend.name)
+    return found[:count]
 
 
 def load_program(engine: Engine, program: Program, devices: Sequence[Device]) -> Executable:

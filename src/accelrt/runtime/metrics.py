@@ -57,6 +57,12 @@ class LatencyHistogram:
             mean = self._sum / n / 1e6
             return LatencySummary(n, mean, self._least / 1e6, p50, p90, p95, p99, self._most / 1e6)
 
+    def totals(self) -> tuple[int, float]:
+        """Return how many latencies were recorded, and their sum in seconds."""
+        self._drain()
+        with self._lock:
+            return int(self._counts.sum()), self._sum / 1e9
+
     def _percentile(self, percent: float, n: int) -> float:
         rank = max(1, -(-n * percent // 100))
         bucket = int(np.searchsorted(np.cumsum(self._counts), rank))
@@ -79,6 +85,27 @@ class LatencyHistogram:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaStats:
+    """What one copy of the model has done.
+
+    Attributes:
+        devices: Names of the devices it was placed on: ``neuron:0``.
+        engines: What runs its segments now; ``cpu`` for one that a stand-in has taken over for good.
+        calls: Calls that it answered.
+        errors: Runs of a segment that its engine failed.
+        busy_s: Seconds spent in the calls that it answered, summed over threads.
+        lost: Its device is lost, and it is used no more.
+    """
+
+    devices: tuple[str, ...]
+    engines: tuple[str, ...]
+    calls: int
+    errors: int
+    busy_s: float
+    lost: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SessionStats:
     """What a session has done.
 
@@ -88,6 +115,9 @@ class SessionStats:
         fallbacks: Segments that ran on another engine than the artifact says, counted each time.
         engines: The engines in use, in the order in which they run.
         latency: Of calls that returned.
+        moved: Calls that a lost replica left and another one took up.
+        workers: Calls that `submit` and `map` have in flight at a time.
+        replicas: What each copy of the model has done.
     """
 
     calls: int
@@ -95,3 +125,6 @@ class SessionStats:
     fallbacks: int
     engines: tuple[str, ...]
     latency: LatencySummary
+    moved: int
+    workers: int
+    replicas: tuple[ReplicaStats, ...]

@@ -5,53 +5,20 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-from accelrt.backend import Executable
-from accelrt.errors import AccelrtError, DeviceLost, ExecutionError, InputError, SessionClosed
+from accelrt.errors import ExecutionError, SessionClosed
 from accelrt.graph.types import Signature, Value
-from accelrt.policy import Fallback, announce
-from accelrt.registry import CPU
+from accelrt.runtime.faults import Faults, peek
 from accelrt.runtime.inputs import Binder
 from accelrt.runtime.metrics import LatencyHistogram, SessionStats
-
-Outputs = dict[str, Value]
-
-_AHEAD = 2
-"""Items that `map` keeps in flight for each worker: one computes, one waits."""
-
-
-@dataclass(eq=False)
-class Step:
-    """One segment in a session.
-
-    Attributes:
-        engine: What runs it: ``cpu/onnxruntime``.
-        executable: The program; None once its device is lost.
-        inputs: Values it reads.
-        outputs: Values it yields.
-        recover: Makes a stand-in that runs the same segment on the CPU; raises if that cannot be.
-        lock: Held during a run where the engine takes one call at a time.
-        spent: Values that nobody reads after this step.
-        stand_in: What runs the segment instead, once it was needed.
-        lost: The program whose device is lost: not used again, but closed with the session.
-    """
-
-    engine: str
-    executable: Executable | None
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    recover: Callable[[BaseException], Executable]
-    lock: threading.Lock | None = None
-    spent: tuple[str, ...] = ()
-    stand_in: Executable | None = None
-    lost: Executable | None = None
-    recovery: threading.Lock = field(default_factory=threading.Lock)
+from accelrt.runtime.pool import Feeder
+from accelrt.runtime.replica import Outputs, Replica, ReplicaRetired, Runner
 
 
 class Session:
@@ -63,31 +30,33 @@ class Session:
     def __init__(
         self,
         signature: Signature,
-        steps: Sequence[Step],
+        replicas: Sequence[Replica],
+        runner: Runner,
         *,
-        fallback: Fallback,
+        faults: Faults,
         workers: int,
-        keep: object = None,
+        resources: ExitStack,
     ) -> None:
         self.signature = signature
-        self._steps = tuple(steps)
-        self._outputs = signature.output_names
-        self._fallback: Fallback = fallback
-        self._workers = workers
-        self._keep = keep
+        self._replicas = tuple(replicas)
+        self._faults = faults
+        self._resources = resources
         self._binder = Binder(signature)
         self._histogram = LatencyHistogram()
         # Counters that many threads advance without a lock: `next` on a count is atomic.
         self._entered, self._left, self._failed = itertools.count(), itertools.count(), itertools.count()
-        self._fell_back = itertools.count()
         self._closed = False
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_lock = threading.Lock()
-        self._said: set[str] = set()
-        self._direct = self._direct_run()
+        self._closing = threading.Lock()
+        self._feeder = Feeder(self.predict, workers)
+        self._alone = runner if isinstance(runner, Replica) else None
+        # A replica alone does not measure too: its latencies are the session's.
+        self._measured_here = self._alone is not None
+        self._run: Callable[[Mapping[str, Value]], Outputs] = runner.run
+        if self._alone is not None:
+            self._run = self._alone.shortcut(self._drop_shortcut) or self._alone.compute
 
     def predict(self, *inputs: Any) -> Outputs:
-        """Compute the outputs of one call, in the caller's thread.
+        """Compute the outputs of one call, in the caller's thread; with several replicas on one that is idle.
 
         Args:
             inputs: One mapping of names to values, or the values in the signature's order. Arrays (numpy's, or
@@ -107,9 +76,7 @@ class Session:
             if self._closed:
                 raise SessionClosed("The session was closed.", hint="Load the artifact again.")
             start = time.perf_counter_ns()
-            feeds = self._binder.bind(inputs)
-            direct = self._direct
-            outputs = direct(feeds) if direct is not None else self._run(feeds)
+            outputs = self._run(self._binder.bind(inputs))
             self._histogram.record(time.perf_counter_ns() - start)
             return outputs
         except BaseException:
@@ -124,73 +91,64 @@ class Session:
         Raises:
             Whatever `predict` raises, at the segment's turn.
         """
-        values = dict(self._binder.bind(inputs))
-        for step in self._steps:
-            feeds = {name: values[name] for name in step.inputs}
-            outputs = self._run_step(step, feeds)
-            values.update(outputs)
-            yield feeds, outputs
+        try:
+            yield from self._leader().trace(self._binder.bind(inputs))
+        except ReplicaRetired as retired:
+            raise ExecutionError("The device was lost in the middle of a trace.", hint="Trace again.") from retired
 
     def submit(self, *inputs: Any) -> Future[Outputs]:
         """Queue one call on the session's threads and return its future.
 
+        While 1,024 calls wait for a thread, this waits too, so that a fast producer does not fill the memory.
+
         Raises:
             SessionClosed: The session was closed.
         """
-        with self._pool_lock:
-            if self._closed:
-                raise SessionClosed("The session was closed.", hint="Load the artifact again.")
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="accelrt")
-            return self._pool.submit(self.predict, *inputs)
+        return self._feeder.submit(*inputs)
 
     def map(self, items: Iterable[Any]) -> Iterator[Outputs]:
         """Yield the outputs of each item in order, computing several at once and reading only a few items ahead.
 
         Args:
-            items: Each one the argument of a call: a mapping, a single value, or a tuple of values.
+            items: Each one the argument of a call: a mapping, a single value, or a tuple of values. There may be no
+                end of them.
 
         Raises:
             AccelrtError: Whatever `predict` raises for an item, at its turn; items after it are not started.
+            Exception: Whatever ``items`` raises, after the outputs of the items before.
         """
-        flight: deque[Future[Outputs]] = deque()
-        try:
-            for item in items:
-                flight.append(self.submit(*item) if isinstance(item, tuple) else self.submit(item))
-                if len(flight) > _AHEAD * self._workers:
-                    yield flight.popleft().result()
-            while flight:
-                yield flight.popleft().result()
-        finally:
-            for future in flight:
-                future.cancel()
+        return self._feeder.map(items)
 
     def stats(self) -> SessionStats:
         """Return counts and latencies since the session was loaded."""
+        replicas = tuple(replica.stats() for replica in self._replicas)
+        if self._measured_here:
+            calls, busy_s = self._histogram.totals()
+            replicas = tuple(replace(stats, calls=calls, busy_s=busy_s) for stats in replicas)
         return SessionStats(
-            calls=_peek(self._entered),
-            errors=_peek(self._failed),
-            fallbacks=_peek(self._fell_back),
-            engines=tuple(step.engine if step.executable is not None else CPU for step in self._steps),
+            calls=peek(self._entered),
+            errors=peek(self._failed),
+            fallbacks=self._faults.fallbacks,
+            engines=self._leader().engines,
             latency=self._histogram.summary(),
+            moved=self._faults.moved,
+            workers=self._feeder.workers,
+            replicas=replicas,
         )
 
     def close(self) -> None:
         """Wait for the calls under way, then free the devices. Closing twice is no error."""
-        with self._pool_lock:
+        with self._closing:
             if self._closed:
                 return
             self._closed = True
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
-        while _peek(self._left) < _peek(self._entered):
+        self._feeder.close()
+        while peek(self._left) < peek(self._entered):
             time.sleep(0.0005)
-        for step in self._steps:
-            for executable in (step.executable, step.lost, step.stand_in):
-                if executable is not None:
-                    executable.close()
-        self._direct, self._steps, self._keep = None, (), None
+        self._alone, self._run = None, _refuse
+        for replica in self._replicas:
+            replica.detach()
+        self._resources.close()
 
     def __enter__(self) -> Self:
         return self
@@ -201,91 +159,18 @@ class Session:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else ", ".join(step.engine for step in self._steps) or "nothing to compute"
+        copies = f", {len(self._replicas)} replicas" * (len(self._replicas) > 1)
+        state = "closed" if self._closed else (", ".join(self._leader().engines) or "nothing to compute") + copies
         return f"<Session {self.signature} on {state}>"
 
-    def _direct_run(self) -> Callable[[Mapping[str, Value]], Outputs] | None:
-        """Return the short way of the common case: one segment that reads and yields exactly the model's values."""
-        if len(self._steps) != 1:
-            return None
-        (step,) = self._steps
-        executable = step.executable
-        whole = step.inputs == self.signature.input_names and step.outputs == self._outputs
-        if executable is None or step.lock is not None or not whole:
-            return None
-        run = executable.run
+    def _leader(self) -> Replica:
+        """The first replica in use, which speaks for all: they run the same segments."""
+        return next((replica for replica in self._replicas if not replica.retired), self._replicas[0])
 
-        def direct(feeds: Mapping[str, Value]) -> Outputs:
-            try:
-                return run(feeds)
-            except Exception as error:  # noqa: BLE001 - engines raise what they like
-                return self._recover(step, feeds, error)
-
-        return direct
-
-    def _run(self, feeds: Mapping[str, Value]) -> Outputs:
-        values = dict(feeds)
-        for step in self._steps:
-            values.update(self._run_step(step, {name: values[name] for name in step.inputs}))
-            for name in step.spent:
-                values.pop(name, None)
-        return {name: values[name] for name in self._outputs}
-
-    def _run_step(self, step: Step, feeds: Mapping[str, Value]) -> Outputs:
-        executable = step.executable
-        if executable is None:
-            return self._answer(step, feeds, DeviceLost("its device is lost, or could not take the segment"))
-        try:
-            if step.lock is None:
-                return executable.run(feeds)
-            with step.lock:
-                return executable.run(feeds)
-        except Exception as error:  # noqa: BLE001 - engines raise what they like
-            return self._recover(step, feeds, error)
-
-    def _recover(self, step: Step, feeds: Mapping[str, Value], error: Exception) -> Outputs:
-        """Answer a call that an engine failed, by the policy; a lost device is not asked again."""
-        if isinstance(error, SessionClosed | InputError):
-            raise error
-        if self._fallback == "error":
-            raise ExecutionError(f"{step.engine} failed: {_one_line(error)}", backend=step.engine) from error
-        if isinstance(error, DeviceLost):
-            self._direct = None
-            with step.recovery:
-                step.lost = step.lost or step.executable
-                step.executable = None
-        outputs = self._answer(step, feeds, error)
-        if step.engine not in self._said:
-            self._said.add(step.engine)
-            announce(self._fallback, f"{step.engine} failed and the CPU answered instead: {_one_line(error)}")
-        return outputs
-
-    def _answer(self, step: Step, feeds: Mapping[str, Value], error: Exception) -> Outputs:
-        """Run a segment on its stand-in, and count that."""
-        try:
-            outputs = self._stand_in(step, error).run(feeds)
-        except Exception as second:  # noqa: BLE001 - whatever it was, both causes are told
-            raise ExecutionError(
-                f"{step.engine} failed: {_one_line(error)} And the CPU failed too: {_one_line(second)}",
-                hint="If both agree, the inputs are likely at fault.",
-                backend=step.engine,
-            ) from error
-        next(self._fell_back)
-        return outputs
-
-    def _stand_in(self, step: Step, error: BaseException) -> Executable:
-        with step.recovery:
-            if step.stand_in is None:
-                step.stand_in = step.recover(error)
-            return step.stand_in
+    def _drop_shortcut(self) -> None:
+        if self._alone is not None:
+            self._run = self._alone.compute
 
 
-def _peek(counter: itertools.count[int]) -> int:
-    """Read a counter without advancing it."""
-    return int(counter.__reduce__()[1][0])
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error) if isinstance(error, AccelrtError) else f"{type(error).__name__}: {error}"
-    text = " ".join(text.split())
-    return text if len(text) <= 400 else text[:397] + "..."
+def _refuse(feeds: Mapping[str, Value]) -> Outputs:
+    raise SessionClosed("The session was closed.", hint="Load the artifact again.")

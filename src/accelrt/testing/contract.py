@@ -221,6 +221,14 @@ class BackendContract:
             case.model, target, example_inputs=case.example_inputs, options={**case.options, **options}
         )
 
+    def resident(self, engine: Engine, program: Program, devices: Sequence[Device]) -> Executable:
+        """Load a program as the scheduler does: onto as many devices as it says it needs."""
+        needed = engine.devices_needed(program.options)
+        assert needed >= 1
+        if len(devices) < needed:
+            pytest.skip(f"the program needs {needed} devices, there are {len(devices)}")
+        return engine.load(program, devices[:needed])
+
     def something_supported(self, engine: Engine) -> Graph:
         """Return the longest start of a perceptron that the engine takes, else a node of any model that it takes."""
         for build in MODELS.values():
@@ -270,6 +278,13 @@ class BackendContract:
             assert parse(device.name) == Target(backend.name, None, (device.index,))
             assert device.description
             assert device.memory_bytes is None or device.memory_bytes > 0
+
+    def test_groups_are_cut_from_the_devices(self, backend: Backend) -> None:
+        indices = {device.index for device in backend.devices()}
+        grouped = [index for group in backend.groups({}) for index in group.devices]
+        assert set(grouped) <= indices
+        assert len(set(grouped)) == len(grouped)
+        assert bool(grouped) == bool(indices)
 
     def test_status_says_the_version_or_what_is_missing(self, engine: Engine) -> None:
         status = engine.status()
@@ -361,12 +376,12 @@ class BackendContract:
     def test_a_program_runs_where_its_files_are_moved(
         self, usable: Engine, devices: Sequence[Device], program: Program, tmp_path: Path
     ) -> None:
-        with usable.load(program, devices) as executable:
+        with self.resident(usable, program, devices) as executable:
             expected = executable.run(draw(program.signature, 2))
         moved = tmp_path / "elsewhere"
         (tmp_path / "program").rename(moved)
         files = {name: moved / path.relative_to(tmp_path / "program") for name, path in program.files.items()}
-        with usable.load(replace(program, files=files), devices) as executable:
+        with self.resident(usable, replace(program, files=files), devices) as executable:
             self.close_to(executable.run(draw(program.signature, 2)), expected)
 
     # Answers
@@ -477,12 +492,25 @@ class BackendContract:
                 self.close_to(found, outputs)
         self.close_to(list(session.map(calls))[7], expected[7])
 
+    def test_replicas_answer_alike(self, backend: Backend, target: str, devices: Sequence[Device]) -> None:
+        artifact = self.perceptron(target)
+        calls = [draw(artifact.signature, 2, seed=number) for number in range(12)]
+        with accelrt.load(artifact) as one:
+            expected = [one.predict(inputs) for inputs in calls]
+            needed = len(one.stats().replicas[0].devices)
+        if backend.exclusive and len(devices) < 2 * needed:
+            pytest.skip(f"two replicas need {2 * needed} devices, there are {len(devices)}")
+        with accelrt.load(artifact, replicas=2) as two:
+            for found, outputs in zip(two.map(calls), expected, strict=True):
+                self.close_to(found, outputs)
+            assert len(two.stats().replicas) == 2
+
     def test_an_executable_takes_calls_from_several_threads_if_it_says_so(
         self, usable: Engine, devices: Sequence[Device], program: Program
     ) -> None:
         if not usable.caps.concurrent:
             pytest.skip(f"{usable.name} takes one call at a time")
-        with usable.load(program, devices) as executable:
+        with self.resident(usable, program, devices) as executable:
             calls = [draw(program.signature, 2, seed=number) for number in range(16)]
             expected = [executable.run(inputs) for inputs in calls]
             with ThreadPoolExecutor(4) as pool:
@@ -492,7 +520,7 @@ class BackendContract:
     def test_outputs_stay_valid_when_run_is_called_again(
         self, usable: Engine, devices: Sequence[Device], program: Program
     ) -> None:
-        with usable.load(program, devices) as executable:
+        with self.resident(usable, program, devices) as executable:
             kept = executable.run(draw(program.signature, 2, seed=1))
             copies = {name: np.array(value) for name, value in kept.items()}
             for seed in range(2, 6):
@@ -505,7 +533,7 @@ class BackendContract:
     ) -> None:
         inputs = draw(program.signature, 2)
         copies = {name: value.copy() for name, value in inputs.items()}
-        with usable.load(program, devices) as executable:
+        with self.resident(usable, program, devices) as executable:
             expected = executable.run(inputs)
             _equal(inputs, copies)
             for value in inputs.values():
@@ -521,7 +549,7 @@ class BackendContract:
             np.testing.assert_array_equal(y, before)
 
     def test_close_is_final(self, usable: Engine, devices: Sequence[Device], program: Program) -> None:
-        executable: Executable = usable.load(program, devices)
+        executable: Executable = self.resident(usable, program, devices)
         inputs = draw(program.signature, 1)
         executable.run(inputs)
         executable.close()

@@ -26,6 +26,7 @@ from accelrt.backend import (
     Status,
     Verdict,
 )
+from accelrt.cores import Group, core_groups, visible_cores
 from accelrt.errors import CompileError, DeviceLost, OutOfDeviceMemory
 from accelrt.graph.node import Node
 from accelrt.graph.types import Value
@@ -41,14 +42,18 @@ class FakeConfig:
 
     Attributes:
         operators: What it supports.
-        latency_s: Seconds that each run takes on top of computing.
+        latency_s: Seconds that each run takes on top of computing; or a function of the device's index, asked at each.
         bytes_per_s: Speed of the link over which inputs and outputs travel; None for no delay.
         recalls: Whether it answers the inputs of the call before from memory, as an accelerator would that computes in
             no time: what a call costs then is the link.
         fails_to_compile: Whether a segment of these operator types fails to compile.
         fails_to_run: Whether a call of a segment of these operator types fails; calls count from 0.
-        lost_after: Calls after which the device is lost; None for never.
+        lost_after: Calls after which the device is lost; None for never. A mapping says it by device index.
         devices: How many there are.
+        cores: Devices that one copy of a program takes.
+        exclusive: Whether a device takes the programs of one session only.
+        neuron_variables: Whether the environment's variables for Neuron cut its devices into groups.
+        parallelism: Calls in flight that keep one device busy.
         memory_bytes: Memory of each; a program whose files are larger does not fit. None for no limit.
         concurrent: Whether an executable may be called from several threads at once.
         unusable: Why the engine is not usable; None if it is.
@@ -58,13 +63,17 @@ class FakeConfig:
     """
 
     operators: Operators = None
-    latency_s: float = 0.0
+    latency_s: float | Callable[[int], float] = 0.0
     bytes_per_s: float | None = None
     recalls: bool = False
     fails_to_compile: Callable[[tuple[str, ...]], bool] | None = None
     fails_to_run: Callable[[tuple[str, ...], int], bool] | None = None
-    lost_after: int | None = None
+    lost_after: int | Mapping[int, int] | None = None
     devices: int = 1
+    cores: int = 1
+    exclusive: bool = False
+    neuron_variables: bool = False
+    parallelism: int = 1
     memory_bytes: int | None = None
     concurrent: bool = True
     unusable: str | None = None
@@ -81,7 +90,7 @@ class FakeEngine(Engine):
 
     def __init__(self, config: FakeConfig) -> None:
         self.config = config
-        self.caps = Caps(concurrent=config.concurrent, parallelism=max(1, config.devices), nature="stand-in")  # type: ignore[misc]
+        self.caps = Caps(concurrent=config.concurrent, parallelism=config.parallelism, nature="stand-in")  # type: ignore[misc]
 
     def status(self) -> Status:
         if self.config.unusable is not None:
@@ -128,6 +137,9 @@ class FakeEngine(Engine):
                 return Program(files, self.fingerprint(), job.signature, job.options, job.precision)
         raise CompileError("No engine of the CPU computes this whole segment for the stand-in.", backend="fake")
 
+    def devices_needed(self, options: object) -> int:
+        return self.config.cores
+
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
         size = sum(path.stat().st_size for path in program.files.values())
         if self.config.memory_bytes is not None and size > self.config.memory_bytes:
@@ -139,25 +151,27 @@ class FakeEngine(Engine):
         engine = find_engine(cpu, facts["computes_on"])
         files = {name: path for name, path in program.files.items() if name != "fake.json"}
         inner = engine.load(Program(files, {}, program.signature, engine.options()), cpu.devices())
-        return _FakeExecutable(inner, self.config, tuple(facts["operators"]))
+        return _FakeExecutable(inner, self.config, tuple(facts["operators"]), devices[0].index)
 
 
 class _FakeExecutable(Executable):
-    def __init__(self, inner: Executable, config: FakeConfig, operators: tuple[str, ...]) -> None:
-        self._inner, self._config, self._operators = inner, config, operators
+    def __init__(self, inner: Executable, config: FakeConfig, operators: tuple[str, ...], device: int) -> None:
+        self._inner, self._config, self._operators, self.device = inner, config, operators, device
+        lost = config.lost_after
+        self._lost_after = lost.get(device) if isinstance(lost, Mapping) else lost
         self._calls = itertools.count()
         self._last: tuple[dict[str, Value], dict[str, Value]] | None = None
 
     def run(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
         number, config = next(self._calls), self._config
-        if config.lost_after is not None and number >= config.lost_after:
+        if self._lost_after is not None and number >= self._lost_after:
             raise DeviceLost("The stand-in's device is gone, as it was told.", backend="fake")
         if config.fails_to_run is not None and config.fails_to_run(self._operators, number):
             raise RuntimeError("the stand-in was told to fail on this call")
         outputs = self._compute(inputs)
         if config.distorts is not None:
             outputs = config.distorts(self._operators, outputs)
-        delay = config.latency_s
+        delay = config.latency_s(self.device) if callable(config.latency_s) else config.latency_s
         if config.bytes_per_s is not None:
             delay += (_bytes(inputs.values()) + _bytes(outputs.values())) / config.bytes_per_s
         if delay:
@@ -208,8 +222,13 @@ class FakeBackend(Backend):
             Device(self.name, index, "stand-in", config.memory_bytes, facts) for index in range(config.devices)
         )
 
+    def groups(self, environ: Mapping[str, str]) -> tuple[Group, ...]:
+        if not self.config.neuron_variables:
+            return super().groups(environ)
+        return core_groups(environ, visible_cores(environ, self.config.devices))
+
     @classmethod
     def configured(cls, name: str = "fake", **behaviour: object) -> type[FakeBackend]:
         """Return a class of this name that behaves as `FakeConfig` is told; unknown words are a TypeError."""
         config = FakeConfig(**behaviour)  # type: ignore[arg-type]
-        return type(f"Fake_{name}", (cls,), {"name": name, "config": config})
+        return type(f"Fake_{name}", (cls,), {"name": name, "config": config, "exclusive": config.exclusive})

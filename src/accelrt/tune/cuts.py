@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 from types import TracebackType
@@ -37,8 +38,10 @@ from accelrt.partition.search import (
 )
 from accelrt.registry import Candidate, devices_of
 from accelrt.runtime.draw import random_inputs, symbolic_dimensions
+from accelrt.runtime.faults import Faults, StandIn
 from accelrt.runtime.load import load_program, mark_spent
-from accelrt.runtime.session import Session, Step
+from accelrt.runtime.replica import Replica, Step
+from accelrt.runtime.session import Session
 from accelrt.target import Target, parse
 from accelrt.tune.contest import choose, settle, take_turns
 from accelrt.verification import digest_of
@@ -243,13 +246,16 @@ class _CutTuner:
         signature = self._bench.graph.signature
         timed: list[_Timed] = []
         steps: list[Step] = []
+        stand_in, faults = StandIn(_no_stand_in), Faults("error")
         for piece in pieces:
             ports = self._bench.program(piece).signature
             timed.append(_Timed(self._residents.load(piece)))
             name = self._bench.candidates[piece.owner].name
-            steps.append(Step(name, timed[-1], ports.input_names, ports.output_names, _no_stand_in))
+            steps.append(Step(name, timed[-1], ports.input_names, ports.output_names, stand_in))
         mark_spent(steps, signature.output_names)
-        return _Rig(tuple(pieces), Session(signature, steps, fallback="error", workers=1), tuple(timed))
+        replica = Replica(signature, steps, faults)
+        session = Session(signature, [replica], replica, faults=faults, workers=1, resources=ExitStack())
+        return _Rig(tuple(pieces), session, tuple(timed))
 
     def _time(self, rig: _Rig, call: Call, best_s: float = math.inf) -> _Measured:
         samples = settle(lambda: rig.session.predict(call), best_s=best_s)
