@@ -30,7 +30,7 @@ def whole_attributes(*names: str) -> Callable[[Node], str | None]:
 
 
 def mod(node: Node) -> str | None:
-    if node.input_dtype(0) in _FLOATS and not node.attributes.get("fmod", 0):
+    if node.version < 28 and node.input_dtype(0) in _FLOATS and not node.attributes.get("fmod", 0):
         return _refuse(node, "of floats without fmod=1")
     return None
 

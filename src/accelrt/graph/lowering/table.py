@@ -52,6 +52,7 @@ class Entry:
         types: What is done with each data type that a tensor may have.
         since: First version (*since version*) of the operator that the entry covers.
         until: Last version.
+        others: What is done with data types that only inputs after the first may have.
         numbers: Inputs that the kernel takes as Python numbers.
         several: The kernel returns a tuple, one item for each output.
         check: Refuses what data types do not tell.
@@ -63,6 +64,7 @@ class Entry:
     types: Types
     since: int = 1
     until: int = 1 << 30
+    others: Types = field(default_factory=dict)
     numbers: tuple[int, ...] = ()
     several: bool = False
     check: Check | None = None
@@ -81,7 +83,9 @@ def _add(names: str, kernel: str, types: Types, domain: str = "", **options: Any
 
 
 def _snake(name: str) -> str:
-    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
+    if name.isupper():
+        return name.lower()
+    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name)).replace("_n_d", "_nd")
 
 
 def _elementwise() -> None:
@@ -193,27 +197,28 @@ def _networks() -> None:
     _add("LpPool", "pool.lp_pool", FLOATS, since=2, check=checks.spatial)
     _add("GlobalAveragePool GlobalMaxPool", "pool.{}", FLOATS)
     _add("GlobalLpPool", "pool.global_lp_pool", FLOATS, since=2)
-    _add("MaxUnpool", "pool.max_unpool", FLOATS, numbers=(2,))
+    _add("MaxUnpool", "pool.max_unpool", FLOATS, others=INTS, numbers=(2,))
     _add("BatchNormalization", "norm.batch_normalization", FLOATS, several=True, check=checks.batch_normalization)
     _add("InstanceNormalization", "norm.instance_normalization", FLOATS)
     _add("LayerNormalization", "norm.layer_normalization", FLOATS, several=True, check=checks.stash)
     _add("RMSNormalization", "norm.rms_normalization", FLOATS, check=checks.stash)
     _add("GroupNormalization", "norm.group_normalization", FLOATS, check=checks.stash)
     _add("LRN", "norm.lrn", FLOATS)
-    _add("Attention", "attention.attention", FLOATS, several=True, check=checks.attention)
-    _add("RNN GRU LSTM", "recurrent.{}", LARGE, several=True, check=checks.recurrent)
+    _add("Attention", "attention.attention", FLOATS, others=_as_they_are("bool int64"), several=True, check=checks.attention)
+    _add("RNN GRU LSTM", "recurrent.{}", LARGE, others=INTS, several=True, check=checks.recurrent)
     _add("Resize", "resize.resize", {**FLOATS, **_as_they_are("int8 uint8 int32 int64")}, numbers=(1, 2, 3), since=11,
          check=checks.resize)  # fmt: skip
     _add("Resize", "resize.upsample", {**FLOATS, **_as_they_are("int8 uint8 int32 int64")}, numbers=(1,), until=10)
     _add("Upsample", "resize.upsample", {**FLOATS, **_as_they_are("int8 uint8 int32 int64")}, numbers=(1,), since=7)
     _add("GridSample", "sample.grid_sample", LARGE, check=checks.grid_sample)
-    _add("RoiAlign", "sample.roi_align", LARGE, check=checks.roi_align, depends="RoiAlign reads its regions as numbers")
+    _add("RoiAlign", "sample.roi_align", LARGE, others=INTS, check=checks.roi_align, depends="RoiAlign reads its regions as numbers")
     _add("NonMaxSuppression", "sample.non_max_suppression", FLOATS | INTS, numbers=(2, 3, 4),
          depends="the size of NonMaxSuppression's output depends on values")  # fmt: skip
     _add("DFT", "signal.dft", LARGE, numbers=(1, 2))
     _add("STFT", "signal.stft", LARGE, numbers=(1, 3))
     _add("MelWeightMatrix", "signal.mel_weight_matrix", {**FLOATS, **INTS}, numbers=(0, 1, 2, 3, 4))
-    _add("Adagrad Adam Momentum", "training.{}", FLOATS, domain="ai.onnx.preview.training", several=True)
+    _add("Adagrad Adam Momentum", "training.{}", FLOATS, others=INTS, domain="ai.onnx.preview.training",
+         several=True)  # fmt: skip
 
 
 def _quantisation() -> None:
@@ -315,7 +320,7 @@ def _type_problem(node: Node, entry: Entry) -> str | None:
         type_ = _tensor_of(node.input_types[index])
         if type_ is None:
             return f"the type of input {name!r} of {node.op_type} is not known"
-        if type_.dtype not in entry.types:
+        if type_.dtype not in entry.types and not (index and type_.dtype in entry.others):
             return f"{node.op_type}-{node.version} of {type_.dtype} is not lowered to torch"
     for name, declared in zip(node.outputs, node.output_types, strict=True):
         if name and (type_ := _tensor_of(declared)) is None:

@@ -56,6 +56,9 @@ def float8(x: Tensor, target: Any, saturate: bool) -> Tensor:
     if saturate:
         largest = _LARGEST[target]
         return torch.where(x.isnan(), x, x.clamp(-largest, largest)).to(target)
+    if target == torch.float8_e4m3fn:
+        # torch saturates here; 464 lies halfway to what would be the next value, and goes to the even one below.
+        return torch.where(x.abs() > 464, torch.full_like(x, torch.nan), x).to(target)
     return x.to(target)
 
 
@@ -63,7 +66,8 @@ def float4(x: Tensor) -> Tensor:
     """Round to the nearest of float4's sixteen values, ties to the even code; too large saturates, in float32."""
     table = torch.tensor(_FLOAT4, device=x.device)
     x = x.float()
-    size = x.abs().clamp(max=_FLOAT4[-1])
+    # The type has no NaN; ONNX's own conversion makes it zero.
+    size = torch.where(x.isnan(), torch.zeros_like(x), x.abs().clamp(max=_FLOAT4[-1]))
     above = torch.bucketize(size, table).clamp(max=7)
     below = (above - 1).clamp(min=0)
     to_above, to_below = table[above] - size, size - table[below]
