@@ -329,6 +329,8 @@ class _Writer:
         if entry.kernel in _TAKES_NUMBERS and index in _TAKES_NUMBERS[entry.kernel]:
             if (number := _scalar(value)) is not None:
                 return number
+            if entry.kernel.startswith("sequence."):
+                self.depends.append(f"{node.op_type} takes input {index} ({node.inputs[index]!r}) as a number")
         treatment = entry.types.get(node.input_dtype(index) or "", "")
         tensor = self.tensor(value)
         return self.call(_TREAT[treatment.partition(":")[0]], (tensor, _target(treatment))) if treatment else tensor

@@ -124,6 +124,41 @@ def spatial(node: Node) -> str | None:
     return None
 
 
+def pool(node: Node) -> str | None:
+    """Runtimes differ from the text, and from each other, in what SAME means beside dilations and large strides."""
+    if node.attributes.get("auto_pad", "NOTSET").startswith("SAME"):
+        if any(step != 1 for step in node.attributes.get("dilations", ())):
+            return _refuse(node, "with auto_pad and dilations")
+        kernel = node.attributes["kernel_shape"]
+        strides = node.attributes.get("strides", [1] * len(kernel))
+        if any(step > size for size, step in zip(kernel, strides, strict=True)):
+            return _refuse(node, "with auto_pad and strides beyond the kernel")
+    return spatial(node)
+
+
+def transposed(node: Node) -> str | None:
+    """Where padding comes from the output's size, refuse what would need less than none: the text leaves it open."""
+    attributes, rank = node.attributes, len(node.input_shape(0) or ()) - 2
+    wanted = attributes.get("output_shape")
+    same = attributes.get("auto_pad", "NOTSET").startswith("SAME")
+    if wanted is None and not same:
+        return spatial(node)
+    if node.version < 11:
+        return _refuse(node, "with output_shape or auto_pad")  # its text has the sides the other way round
+    kernel = attributes.get("kernel_shape") or [node.input_size(1, i + 2) for i in range(rank)]
+    for i in range(rank):
+        size, step = node.input_size(0, i + 2), attributes.get("strides", [1] * rank)[i]
+        if kernel[i] is None or (wanted is not None and size is None):
+            return _refuse(node, "with output_shape and open sizes")
+        span = (kernel[i] - 1) * attributes.get("dilations", [1] * rank)[i] + 1
+        added = attributes.get("output_padding", [0] * rank)[i]
+        # All there is, less what is wanted; for SAME, which wants size * step, sizes cancel out.
+        total = span - step + added if wanted is None else (size - 1) * step + span + added - wanted[-rank:][i]  # type: ignore[operator]
+        if total < 0:
+            return _refuse(node, "to an output larger than the input gives")
+    return spatial(node)
+
+
 def batch_normalization(node: Node) -> str | None:
     if node.version < 7 and not node.attributes.get("is_test", 0):
         return _refuse(node, "in training (is_test=0)")
@@ -163,6 +198,14 @@ def resize(node: Node) -> str | None:
     return None
 
 
+def upsample(node: Node) -> str | None:
+    """Before version 11 the text does not say which element is nearest; all agree where none is lost."""
+    scales = node.attributes.get("scales", node.constants.get(1))
+    if scales is None or any(scale < 1 for scale in scales):
+        return _refuse(node, "to something smaller, or perhaps smaller,")
+    return resize(node) if node.attributes.get("mode", "nearest") != "bilinear" else None
+
+
 def grid_sample(node: Node) -> str | None:
     shape, mode = node.input_shape(0), node.attributes.get("mode", "linear")
     if shape is None or len(shape) not in (4, 5):
@@ -179,6 +222,13 @@ def roi_align(node: Node) -> str | None:
 
 def attention(node: Node) -> str | None:
     attributes = node.attributes
+    types = {node.input_dtype(i) for i in range(3)}
+    mask = node.input_dtype(3)
+    keys = node.input_shape(1)
+    if len(types) > 1 or keys is None or (mask is not None and mask != "bool" and mask not in types):
+        return _refuse(node, "of mixed types")
+    if mask is not None and (node.input_shape(3) or (None,))[-1] not in {keys[-2 if len(keys) == 4 else 1]} - {None}:
+        return _refuse(node, "with a mask that is not as long as the keys")
     plain = not any(attributes.get(name, default) != default for name, default in _ATTENTION_DEFAULTS.items())
     if not plain or any(node.has_output(i) for i in (1, 2, 3)) or any(node.has_input(i) for i in (4, 5, 6)):
         return _refuse(node, "with caches, windows, soft caps or scores as an output")

@@ -57,9 +57,13 @@ def slice_(x: Sizes, starts: Sizes, ends: Sizes, axes: Sizes = None, steps: Size
     """Slice of a list."""
     first = [item[0] if isinstance(item, list) else item for item in (starts, ends, 1 if steps is None else steps)]
     start, end, step = first
-    if step < 0 and end < -len(x):
-        end = None
-    return x[start:end:step]
+    return [x[i] for i in backwards(start, end, step, len(x))] if step < 0 else x[start:end:step]
+
+
+def backwards(start: int, end: int, step: int, size: int) -> range:
+    """Return the places of a slice against the direction of an axis, clamped as ONNX says, not as Python does."""
+    start, end = (place + size if place < 0 else place for place in (start, end))
+    return range(min(max(start, 0), size - 1), min(max(end, -1), size - 1), step)
 
 
 def concat(*xs: Sizes, axis: int = 0) -> Sizes:

@@ -58,6 +58,7 @@ class Entry:
         check: Refuses what data types do not tell.
         depends: Why the module cannot be traced: what it does depends on data.
         extra: Further keyword arguments of the kernel.
+        expands: Nodes that the entry refuses are lowered by ONNX's definition of the operator, if it has one.
     """
 
     kernel: str
@@ -70,6 +71,7 @@ class Entry:
     check: Check | None = None
     depends: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    expands: bool = False
 
 
 TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {}
@@ -94,7 +96,7 @@ def _elementwise() -> None:
     _add("Neg", "torch.neg", {**FLOATS, **_as_they_are("int8 int16 int32 int64")})
     _add("Acos Acosh Asin Asinh Atan Atanh Cos Cosh Sin Sinh Tan Exp Log Sqrt Erf", "torch.{}", FLOATS)
     _add("Tanh Sigmoid Reciprocal Ceil Floor Round", "torch.{}", FLOATS)
-    _add("Sign", "torch.sign", {**FLOATS, **INTS, **WIDE})
+    _add("Sign", "elementwise.sign", {**FLOATS, **INTS, **WIDE})
     _add("Not", "torch.logical_not", BOOL)
     _add("IsNaN", "torch.isnan", {**FLOATS})
     _add("IsInf", "elementwise.is_inf", {**FLOATS})
@@ -188,13 +190,13 @@ def _networks() -> None:
     _add("Einsum", "matmul.einsum", FLOATS)
     _add("Det", "torch.linalg.det", LARGE)
     _add("Conv", "conv.convolution", FLOATS, check=checks.spatial)
-    _add("ConvTranspose", "conv.transposed", FLOATS, check=checks.spatial)
+    _add("ConvTranspose", "conv.transposed", FLOATS, check=checks.transposed)
     _add("Col2Im", "conv.col2im", ANY, numbers=(1, 2))
     _add("DeformConv", "sample.deformable", LARGE, check=checks.deformable)
     _add("MaxPool", "pool.max_pool", {**FLOATS, "int8": "cast:float32", "uint8": "cast:float32"}, several=True,
-         check=checks.spatial)  # fmt: skip
-    _add("AveragePool", "pool.average_pool", FLOATS, check=checks.spatial)
-    _add("LpPool", "pool.lp_pool", FLOATS, since=2, check=checks.spatial)
+         check=checks.pool)  # fmt: skip
+    _add("AveragePool", "pool.average_pool", FLOATS, check=checks.pool)
+    _add("LpPool", "pool.lp_pool", FLOATS, since=2, check=checks.pool)
     _add("GlobalAveragePool GlobalMaxPool", "pool.{}", FLOATS)
     _add("GlobalLpPool", "pool.global_lp_pool", FLOATS, since=2)
     _add("MaxUnpool", "pool.max_unpool", FLOATS, others=INTS, numbers=(2,))
@@ -204,12 +206,15 @@ def _networks() -> None:
     _add("RMSNormalization", "norm.rms_normalization", FLOATS, check=checks.stash)
     _add("GroupNormalization", "norm.group_normalization", FLOATS, check=checks.stash)
     _add("LRN", "norm.lrn", FLOATS)
-    _add("Attention", "attention.attention", FLOATS, others=_as_they_are("bool int64"), several=True, check=checks.attention)
+    _add("Attention", "attention.attention", FLOATS, others=_as_they_are("bool int64"), several=True, check=checks.attention,
+         expands=True)  # fmt: skip
     _add("RNN GRU LSTM", "recurrent.{}", LARGE, others=INTS, several=True, check=checks.recurrent)
     _add("Resize", "resize.resize", {**FLOATS, **_as_they_are("int8 uint8 int32 int64")}, numbers=(1, 2, 3), since=11,
          check=checks.resize)  # fmt: skip
-    _add("Resize", "resize.upsample", {**FLOATS, **_as_they_are("int8 uint8 int32 int64")}, numbers=(1,), until=10)
-    _add("Upsample", "resize.upsample", {**FLOATS, **_as_they_are("int8 uint8 int32 int64")}, numbers=(1,), since=7)
+    _add("Resize", "resize.upsample", {**FLOATS, **_as_they_are("int8 uint8 int32 int64")}, numbers=(1,), until=10,
+         check=checks.upsample)  # fmt: skip
+    _add("Upsample", "resize.upsample", {**FLOATS, **_as_they_are("int8 uint8 int32 int64")}, numbers=(1,), since=7,
+         check=checks.upsample)  # fmt: skip
     _add("GridSample", "sample.grid_sample", LARGE, check=checks.grid_sample)
     _add("RoiAlign", "sample.roi_align", LARGE, others=INTS, check=checks.roi_align, depends="RoiAlign reads its regions as numbers")
     _add("NonMaxSuppression", "sample.non_max_suppression", FLOATS | INTS, numbers=(2, 3, 4),
@@ -280,12 +285,13 @@ def lowerable(node: Node) -> str | None:
         return checks.constant(node)
     if node.op_type in _REASONS and not node.domain:
         return f"{_REASONS[node.op_type]}: {node.op_type} is not lowered"
-    problems = [_problem(node, entry) for entry in _entries(node)]
+    entries = _entries(node)
+    problems = [_problem(node, entry) for entry in entries]
     if None in problems:
         return None
-    # What no kernel fits may still be a function of operators that are lowered.
-    expanded = _expanded(_Key(node))
-    return expanded if expanded is None or not problems else problems[0]
+    if problems and not any(entry.expands for entry in entries):
+        return problems[-1]
+    return _expanded(_Key(node))
 
 
 def _entries(node: Node) -> list[Entry]:

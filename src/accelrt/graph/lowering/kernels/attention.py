@@ -31,10 +31,6 @@ def attention(
 
 def _mask(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: int) -> Tensor | None:
     length, total = query.shape[2], key.shape[2]
-    if mask is not None:
-        missing = total - mask.shape[-1]
-        # Keys beyond the mask take no part.
-        mask = F.pad(mask, (0, missing), value=False if mask.dtype == torch.bool else float("-inf"))
     if not is_causal:
         return mask
     causal = torch.ones(length, total, dtype=torch.bool, device=query.device).tril()

@@ -24,6 +24,11 @@ def is_inf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> 
     return x == (float("inf") if detect_positive else float("-inf"))
 
 
+def sign(x: Tensor) -> Tensor:
+    # torch's sign of NaN is 0; numpy and the runtimes pass NaN on.
+    return torch.where(x.isnan(), x, x.sign()) if x.is_floating_point() else x.sign()
+
+
 def softplus(x: Tensor) -> Tensor:
     # Beyond the threshold torch returns x: at 80 that is exact in every type, and exp(80) is still finite.
     return F.softplus(x, threshold=80.0) if x.dtype != torch.float16 else F.softplus(x.float(), threshold=80.0).half()

@@ -87,7 +87,7 @@ def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = 
 
 
 def non_zero(x: Tensor) -> Tensor:
-    return torch.nonzero(x if x.dim() else x.reshape(1)).t()[: max(x.dim(), 0) or None]
+    return torch.nonzero(x).t()
 
 
 def compress(x: Tensor, condition: Tensor, *, axis: int | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
 from accelrt.graph.lowering.dtypes import Tensor
+from accelrt.graph.lowering.host import backwards
 
 
 def reshape(x: Tensor, shape: Sequence[Any], *, allowzero: int = 0) -> Tensor:
@@ -23,7 +24,9 @@ def reshape(x: Tensor, shape: Sequence[Any], *, allowzero: int = 0) -> Tensor:
 
 
 def _is(size: Any, value: int) -> bool:
-    """Compare only what is a number: to ask a symbolic size would narrow it."""
+    """Compare only what is a number: to ask a symbolic size would narrow it. While tracing, sizes are tensors."""
+    if isinstance(size, torch.Tensor):
+        return int(size) == value
     return isinstance(size, int) and size == value
 
 
@@ -96,9 +99,8 @@ def slice_(x: Tensor, starts: Any, ends: Any, axes: Any = None, steps: Any = Non
     x = x[tuple(forward)]
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if step < 0:
-            end = None if end < -x.shape[axis] else end
-            indices = range(x.shape[axis])[start:end:step]
-            x = x.index_select(axis, torch.tensor(list(indices), dtype=torch.int64, device=x.device))
+            places = list(backwards(start, end, step, int(x.shape[axis])))
+            x = x.index_select(axis, torch.tensor(places, dtype=torch.int64, device=x.device))
     return x
 
 
