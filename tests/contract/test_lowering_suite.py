@@ -15,13 +15,13 @@ import pytest
 
 pytest.importorskip("torch")
 
-from onnx.backend.base import Backend, BackendRep  # noqa: E402 - after the check for torch
-from onnx.backend.test import BackendTest  # noqa: E402
+from onnx.backend.base import Backend, BackendRep
+from onnx.backend.test import BackendTest
 
-from accelrt.errors import CompileError  # noqa: E402
-from accelrt.graph.load import load_graph  # noqa: E402
-from accelrt.graph.lowering import lower, lowerable  # noqa: E402
-from tests.contract.lowering_suite_exceptions import LOWERING_EXCEPTIONS  # noqa: E402
+from accelrt.errors import CompileError
+from accelrt.graph.load import load_graph
+from accelrt.graph.lowering import lower, lowerable
+from tests.contract.lowering_suite_exceptions import LOWERING_EXCEPTIONS
 
 pytestmark = [pytest.mark.suite, pytest.mark.torch]
 

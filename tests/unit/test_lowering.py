@@ -23,8 +23,8 @@ ort = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.torch
 
 NETWORKS = {
-    "resnet50": lambda: models.resnet50(image=64),
-    "densenet121": lambda: models.densenet121(image=64),
+    "resnet50": lambda: models.resnet50(image=32),
+    "densenet121": lambda: models.densenet121(image=32),
     "bert_base": lambda: models.bert_base(layers=2),
     "small_cnn": models.small_cnn,
 }
@@ -120,24 +120,26 @@ def test_importing_and_asking_need_no_torch() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
-def test_lowering_changes_nothing_and_shares_the_weights() -> None:
-    graph = load_graph(models.resnet50(image=32))
+def test_lowering_changes_nothing() -> None:
+    graph = load_graph(models.small_cnn())
     before, digest = graph.proto.SerializeToString(deterministic=True), graph.digest
     lowered = lower(graph)
-    assert graph.proto.SerializeToString(deterministic=True) == before
-    addresses = {buffer.data_ptr() for buffer in lowered.module.buffers()}
-    large = [name for name, tensor in graph.weights.items() if tensor.nbytes > 1 << 20]
-    assert large and all(graph.weights[name].numpy().ctypes.data in addresses for name in large)
     lowered.run(_feeds(lowered.signature))
-    assert load_graph(graph.proto).proto is not graph.proto and graph.digest == digest
+    assert graph.proto.SerializeToString(deterministic=True) == before
+    assert graph.digest == digest
 
 
 def test_external_weights_are_mapped_not_read(tmp_path: Path) -> None:
-    model = models.mlp(features=512, hidden=(1024,))
+    model = models.mlp(features=64, hidden=(128,))
+    (tmp_path / "whole.onnx").write_bytes(model.SerializeToString())
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
-    lowered = lower(tmp_path / "m.onnx")
+    graph = load_graph(tmp_path / "m.onnx")
+    lowered = lower(graph)
+    addresses = {buffer.data_ptr() for buffer in lowered.module.buffers()}
+    assert graph.weights
+    assert all(tensor.numpy().ctypes.data in addresses for tensor in graph.weights.values())
     feeds = _feeds(lowered.signature)
-    expected = ort.InferenceSession(model.SerializeToString()).run(None, feeds)[0]
+    expected = ort.InferenceSession(tmp_path / "whole.onnx").run(None, feeds)[0]
     np.testing.assert_allclose(lowered.run(feeds)["y"], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -221,7 +223,9 @@ def test_branches_and_loops_run_with_captures_and_no_trip() -> None:
 
 
 def test_a_constant_condition_leaves_no_branch() -> None:
-    then = helper.make_graph([helper.make_node("Neg", ["x"], ["b"])], "t", [], [helper.make_tensor_value_info("b", 1, [2])])
+    then = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["b"])], "t", [], [helper.make_tensor_value_info("b", 1, [2])]
+    )
     model = _model(
         [helper.make_node("If", ["c"], ["y"], then_branch=then, else_branch=then)],
         [("x", 1, [2])], [("y", 1, [2])], c=np.array(True),
@@ -241,7 +245,9 @@ def test_outputs_that_are_left_out_and_values_used_twice() -> None:
     assert outputs["places"].tolist() == outputs["again"].tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("target", ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float4_e2m1fn"])
+@pytest.mark.parametrize(
+    "target", ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float4_e2m1fn"]
+)
 @pytest.mark.parametrize("saturate", [0, 1])
 def test_small_floats_round_as_ml_dtypes_does(target: str, saturate: int) -> None:
     import ml_dtypes
@@ -252,9 +258,9 @@ def test_small_floats_round_as_ml_dtypes_does(target: str, saturate: int) -> Non
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     dtype = np.dtype(getattr(ml_dtypes, target))
     largest = float(ml_dtypes.finfo(dtype).max)
-    wanted = halves.astype(dtype).astype(np.float32)
-    if saturate or target.startswith("float4"):
-        wanted = np.clip(halves, -largest, largest).astype(dtype).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        clipped = np.clip(halves, -largest, largest) if saturate or target.startswith("float4") else halves
+        wanted = clipped.astype(dtype).astype(np.float32)
     got = cast(torch.from_numpy(halves), onnx_dtype=target, saturate=saturate).float().numpy()
     if target.startswith("float4"):
         wanted, got = wanted[~np.isnan(halves)], got[~np.isnan(halves)]
@@ -265,10 +271,11 @@ def test_values_of_every_type_survive_the_way_in_and_out() -> None:
     from accelrt.graph.lowering.dtypes import to_numpy, to_torch
     from accelrt.graph.types import numpy_dtype
 
-    for name in (
+    names = (
         "float32 float16 bfloat16 float64 int8 uint8 int16 uint16 int32 uint32 int64 uint64 bool complex64 "
         "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz int4 uint4 int2 uint2 float4_e2m1fn"
-    ).split():
+    )
+    for name in names.split():
         array = np.array([[0, 1], [1, 0]]).astype(numpy_dtype(name))
         back = to_numpy(to_torch(array), name)
         assert back.dtype == array.dtype and back.tobytes() == array.tobytes(), name

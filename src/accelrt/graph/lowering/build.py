@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -267,8 +266,8 @@ class _Writer:
     def _folded(self, node: Node, entry: Entry, inputs: Sequence[_Value]) -> Sequence[_Value]:
         """Compute a node now: all its inputs are constants."""
         inner = _Writer(torch.device("cpu"))
-        copies = [value if value is _NOTHING else _Value(constant=value.constant, dtype=value.dtype) for value in inputs]
-        outputs = [value for value in inner._called(node, entry, copies)][: len(node.outputs)]
+        copies = [v if v is _NOTHING else _Value(constant=v.constant, dtype=v.dtype) for v in inputs]
+        outputs = inner._called(node, entry, copies)[: len(node.outputs)]
         with torch.no_grad():
             results = inner.finish(outputs)()
         names = [self._dtype(node, index) for index in range(len(node.outputs))]
@@ -301,8 +300,8 @@ class _Writer:
         arguments = {}
         if node.op_type in _ARITHMETIC:
             arguments["op"] = node.op_type
-        args = [None if v is _NOTHING else v.sizes if v.sizes is not None else v.constant.tolist() for v in inputs]  # type: ignore[union-attr]
-        if node.op_type in ("Slice",) and node.version < 10:
+        args = [self.numbers(value, "") for value in inputs]
+        if node.op_type == "Slice" and node.version < 10:
             args += [list(node.attributes["starts"]), list(node.attributes["ends"])]
         return self.call(_HOST[node.op_type], tuple(args), arguments)
 
@@ -353,14 +352,15 @@ class _Writer:
                 keywords[name] = self._attribute(value)
             elif not open_ended and name not in _IGNORED:
                 raise CompileError(f"{node.name!r} ({node.op_type}) has the attribute {name!r}, which is not lowered.")
-        context = {
-            "dtype": lambda: torch_dtype(str(self._dtype(node, 0))),
-            "onnx_dtype": lambda: self._dtype(node, 0),
-            "device": lambda: self.device,
-            "version": lambda: node.version,
-            "outputs": lambda: len(node.outputs) if node.op_type == "Split" else _last_output(node),
+        context: dict[str, Any] = {
+            "onnx_dtype": self._dtype(node, 0),
+            "device": self.device,
+            "version": node.version,
+            "outputs": len(node.outputs) if node.op_type == "Split" else _last_output(node),
         }
-        keywords.update({name: make() for name, make in context.items() if name in wanted})
+        if "dtype" in wanted:
+            context["dtype"] = torch_dtype(str(self._dtype(node, 0)))
+        keywords.update({name: value for name, value in context.items() if name in wanted})
         return keywords
 
     def _attribute(self, value: Any) -> Any:
@@ -387,8 +387,12 @@ _IGNORED = frozenset({"consumed_inputs", "to", "output_datatype", "dtype", "seed
 
 _CONVOLUTION = frozenset({"auto_pad", "dilations", "group", "kernel_shape", "pads", "strides"})
 
-_TAKES_NUMBERS = {"index.gather": (1,), "sequence.sequence_at": (1,), "sequence.sequence_insert": (2,),
-                  "sequence.sequence_erase": (1,), "elementwise.clip": ()}  # fmt: skip
+_TAKES_NUMBERS = {
+    "index.gather": (1,),
+    "sequence.sequence_at": (1,),
+    "sequence.sequence_insert": (2,),
+    "sequence.sequence_erase": (1,),
+}
 """Inputs that kernels take as a Python number where it is a known scalar, else as a tensor."""
 
 
@@ -404,13 +408,11 @@ def _kernel(name: str) -> Callable[..., Any]:
     module, _, function = name.rpartition(".")
     if module.startswith("torch"):
         found: Any = torch
-        for part in (*module.split(".")[1:], _TORCH_NAMES.get(function, function)):
+        for part in (*module.split(".")[1:], function):
             found = getattr(found, part)
-        return found
-    return getattr(import_module(f"accelrt.graph.lowering.kernels.{module}"), function)  # type: ignore[no-any-return]
-
-
-_TORCH_NAMES: dict[str, str] = {}
+        return cast("Callable[..., Any]", found)
+    found = getattr(import_module(f"accelrt.graph.lowering.kernels.{module}"), function)
+    return cast("Callable[..., Any]", found)
 
 
 @cache
@@ -501,7 +503,8 @@ class _Control:
 
     def __init__(self, writer: _Writer, node: Node, inputs: Sequence[_Value], scope: Mapping[str, _Value]) -> None:
         self.writer, self.node, self.inputs, self.scope = writer, node, inputs, scope
-        self.graphs = dict(zip((a.name for a in node.proto.attribute if a.HasField("g")), bodies_of(node.proto), strict=True))
+        names = (attribute.name for attribute in node.proto.attribute if attribute.HasField("g"))
+        self.graphs = dict(zip(names, bodies_of(node.proto), strict=True))
         self.views = dict(zip(self.graphs, node.bodies, strict=True))
         self.captures = [name for name in node.captures if scope[name].constant is None]
 
@@ -542,9 +545,11 @@ class _Control:
         """Lower a body to a module of its inputs and the captures; return what stands for it."""
         graph = self.graphs[name]
         inner = _Writer(self.writer.device, self.writer.depends)
-        scope = {key: value for key, value in self.scope.items() if value is not _NOTHING and value.constant is not None}
-        scope = {k: _Value(constant=v.constant, dtype=v.dtype, node=_Lazy(k)) for k, v in scope.items() if k in self.node.captures}
-        scope[""] = _NOTHING
+        scope = {"": _NOTHING}
+        for capture in self.node.captures:
+            outer = self.scope[capture]
+            if outer.constant is not None:
+                scope[capture] = _Value(constant=outer.constant, dtype=outer.dtype, node=_Lazy(capture))
         for value in graph.input:
             scope[value.name] = _Value(inner.placeholder(value.name))
         for capture in self.captures:

@@ -65,7 +65,7 @@ def cast(node: Node) -> str | None:
         return _refuse(node, f"to {target}")
     if source is not None and source.startswith(("complex", "float8_e8m0")):
         return _refuse(node, f"from {source}")
-    if target.startswith("float8") and source not in ("float16", "bfloat16", "float32"):
+    if str(target).startswith("float8") and source not in ("float16", "bfloat16", "float32"):
         return _refuse(node, f"from {source} to {target}")
     return None
 
@@ -81,9 +81,13 @@ def bit_cast(node: Node) -> str | None:
 
 def no_noop(node: Node) -> str | None:
     """With no axes and noop_with_empty_axes, ONNX's text and its function bodies differ about what is applied."""
-    if node.attributes.get("noop_with_empty_axes", 0) and (not node.has_input(1) or np.size(node.constants.get(1)) == 0):
+    if node.attributes.get("noop_with_empty_axes", 0) and (not node.has_input(1) or _is_empty(node.constants.get(1))):
         return _refuse(node, "with noop_with_empty_axes and no axes")
     return None
+
+
+def _is_empty(value: Any) -> bool:
+    return value is not None and np.size(value) == 0
 
 
 def lp_normalization(node: Node) -> str | None:
@@ -110,7 +114,8 @@ def one_hot(node: Node) -> str | None:
 
 
 def gemm(node: Node) -> str | None:
-    if node.input_dtype(0) not in _FLOATS and any(float(node.attributes.get(n, 1.0)) != 1.0 for n in ("alpha", "beta")):
+    scaled = any(float(node.attributes.get(name, 1.0)) != 1.0 for name in ("alpha", "beta"))
+    if node.input_dtype(0) not in _FLOATS and scaled:
         return _refuse(node, "of integers with alpha or beta")
     return None
 
@@ -153,7 +158,9 @@ def transposed(node: Node) -> str | None:
         span = (kernel[i] - 1) * attributes.get("dilations", [1] * rank)[i] + 1
         added = attributes.get("output_padding", [0] * rank)[i]
         # All there is, less what is wanted; for SAME, which wants size * step, sizes cancel out.
-        total = span - step + added if wanted is None else (size - 1) * step + span + added - wanted[-rank:][i]  # type: ignore[operator]
+        total = span - step + added
+        if wanted is not None and size is not None:
+            total = (size - 1) * step + span + added - wanted[-rank:][i]
         if total < 0:
             return _refuse(node, "to an output larger than the input gives")
     return spatial(node)

@@ -67,6 +67,7 @@ def to_torch(array: np.ndarray[Any, Any], *, copy: bool = False) -> Tensor:
 def to_numpy(tensor: Tensor, dtype: str | None = None) -> np.ndarray[Any, Any]:
     """Return a tensor as an array of ONNX type ``dtype``, by default the tensor's own; no copy on the CPU."""
     tensor = tensor.detach().cpu()
+    array: np.ndarray[Any, Any]
     name = str(tensor.dtype).removeprefix("torch.")
     if not _native(name):
         carrier = {1: torch.uint8, 2: torch.int16}[tensor.element_size()]
@@ -81,5 +82,6 @@ def _native(name: str) -> bool:
 
 
 _NUMPY = frozenset(
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128".split()
+    {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
+    | {"float16", "float32", "float64", "complex64", "complex128"}
 )

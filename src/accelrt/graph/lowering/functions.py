@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx
 from onnx import inliner
 
@@ -20,7 +22,7 @@ def expansion(node: Node) -> Graph | str:
     """Return the graph that an operator stands for, its inputs and outputs named as the node's; else a reason."""
     name = f"{node.domain + '.' if node.domain else ''}{node.op_type}"
     try:
-        schema = onnx.defs.get_schema(node.op_type, node.opset, node.domain)
+        schema: Any = onnx.defs.get_schema(node.op_type, node.opset, node.domain)
     except onnx.defs.SchemaError:
         return f"{name} is no operator that ONNX {onnx.__version__} knows at opset {node.opset}"
     if not (schema.has_function or schema.has_context_dependent_function):
@@ -40,9 +42,7 @@ def expansion(node: Node) -> Graph | str:
         return f"ONNX's definition of {name} cannot be expanded: {' '.join(str(error).split())[:200]}"
 
 
-def _definition(
-    schema: onnx.defs.OpSchema, call: onnx.NodeProto, node: Node
-) -> onnx.FunctionProto | None:
+def _definition(schema: Any, call: onnx.NodeProto, node: Node) -> onnx.FunctionProto | None:
     """Return an operator as a function of a domain of its own, and make ``call`` a call of it."""
     given = {attribute.name for attribute in call.attribute}
     for attribute in schema.attributes.values():

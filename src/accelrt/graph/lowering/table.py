@@ -87,7 +87,9 @@ def _add(names: str, kernel: str, types: Types, domain: str = "", **options: Any
 def _snake(name: str) -> str:
     if name.isupper():
         return name.lower()
-    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name)).replace("_n_d", "_nd")
+    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name)).replace(
+        "_n_d", "_nd"
+    )
 
 
 def _elementwise() -> None:
@@ -206,8 +208,8 @@ def _networks() -> None:
     _add("RMSNormalization", "norm.rms_normalization", FLOATS, check=checks.stash)
     _add("GroupNormalization", "norm.group_normalization", FLOATS, check=checks.stash)
     _add("LRN", "norm.lrn", FLOATS)
-    _add("Attention", "attention.attention", FLOATS, others=_as_they_are("bool int64"), several=True, check=checks.attention,
-         expands=True)  # fmt: skip
+    _add("Attention", "attention.attention", FLOATS, others=_as_they_are("bool int64"), several=True,
+         check=checks.attention, expands=True)  # fmt: skip
     _add("RNN GRU LSTM", "recurrent.{}", LARGE, others=INTS, several=True, check=checks.recurrent)
     _add("Resize", "resize.resize", {**FLOATS, **_as_they_are("int8 uint8 int32 int64")}, numbers=(1, 2, 3), since=11,
          check=checks.resize)  # fmt: skip
@@ -216,7 +218,14 @@ def _networks() -> None:
     _add("Upsample", "resize.upsample", {**FLOATS, **_as_they_are("int8 uint8 int32 int64")}, numbers=(1,), since=7,
          check=checks.upsample)  # fmt: skip
     _add("GridSample", "sample.grid_sample", LARGE, check=checks.grid_sample)
-    _add("RoiAlign", "sample.roi_align", LARGE, others=INTS, check=checks.roi_align, depends="RoiAlign reads its regions as numbers")
+    _add(
+        "RoiAlign",
+        "sample.roi_align",
+        LARGE,
+        others=INTS,
+        check=checks.roi_align,
+        depends="RoiAlign reads its regions as numbers",
+    )
     _add("NonMaxSuppression", "sample.non_max_suppression", FLOATS | INTS, numbers=(2, 3, 4),
          depends="the size of NonMaxSuppression's output depends on values")  # fmt: skip
     _add("DFT", "signal.dft", LARGE, numbers=(1, 2))
@@ -248,8 +257,9 @@ for _fill in (_elementwise, _reductions, _shapes, _indexing, _networks, _quantis
 
 CONTROL = frozenset({"If", "Loop", "Scan"})
 _HOLDS = frozenset(
-    "Identity SequenceConstruct SequenceInsert SequenceErase SequenceAt SequenceLength ConcatFromSequence "
-    "SequenceEmpty SplitToSequence Optional OptionalGetElement OptionalHasElement If Loop Scan SequenceMap".split()
+    {"Identity", "SequenceMap", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SequenceAt", "SequenceLength"}
+    | {"SequenceEmpty", "SplitToSequence", "ConcatFromSequence"}
+    | {"Optional", "OptionalGetElement", "OptionalHasElement", "If", "Loop", "Scan"}
 )
 """Operators of sequences and optionals, which are lists and None here."""
 

@@ -19,9 +19,7 @@ _FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of float4_e2m1fn, from its code."""
 
 
-def cast(
-    x: Tensor, *, onnx_dtype: str, saturate: int = 1, round_mode: str = "up", to: Any = None
-) -> Tensor:
+def cast(x: Tensor, *, onnx_dtype: str, saturate: int = 1, round_mode: str = "up", to: Any = None) -> Tensor:
     """Cast to an ONNX type; what no type of torch is, comes in the type that holds it."""
     target = torch_dtype(onnx_dtype)
     if onnx_dtype == "bool":

@@ -94,7 +94,7 @@ def prelu_per_channel(x: Tensor, slope: Tensor) -> Tensor:
     return torch.where(x < 0, x * slope.reshape(shape), x)
 
 
-def clip(x: Tensor, min: Any = None, max: Any = None) -> Tensor:  # noqa: A002 - ONNX's names
+def clip(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
     return x if min is None and max is None else torch.clamp(x, min, max)
 
 
@@ -144,7 +144,7 @@ def minimum(*xs: Tensor) -> Tensor:
     return reduce(torch.minimum, xs)
 
 
-def sum(*xs: Tensor) -> Tensor:  # noqa: A001 - ONNX's name
+def sum(*xs: Tensor) -> Tensor:
     return reduce(torch.add, xs)
 
 

@@ -60,9 +60,7 @@ def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
     return rows.index_select(0, flat.reshape(-1)).reshape(outer + inner)
 
 
-def scatter_elements(
-    x: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none"
-) -> Tensor:
+def scatter_elements(x: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none") -> Tensor:
     places = _places(indices, x.shape[axis])
     if reduction == "none":
         return x.scatter(axis, places, updates)
@@ -96,7 +94,7 @@ def compress(x: Tensor, condition: Tensor, *, axis: int | None = None) -> Tensor
     return x.index_select(axis, torch.nonzero(condition.reshape(-1))[:, 0])
 
 
-def unique(x: Tensor, *, axis: int | None = None, sorted: int = 1) -> Sequence[Tensor]:  # noqa: A002 - ONNX's name
+def unique(x: Tensor, *, axis: int | None = None, sorted: int = 1) -> Sequence[Tensor]:
     """Unique with the place of each value's first occurrence, which torch does not tell."""
     if axis is None:
         x, axis = x.reshape(-1), 0

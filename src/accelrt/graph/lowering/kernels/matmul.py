@@ -13,8 +13,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gemm(
-    a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0,
-    transB: int = 0, broadcast: int = 0,
+    a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0,  # noqa: N803 - ONNX's names
+    transB: int = 0, broadcast: int = 0,  # noqa: N803
 ) -> Tensor:  # fmt: skip
     a, b = a.t() if transA else a, b.t() if transB else b
     if c is not None and c.dim() == 1 and alpha == beta == 1.0 and a.is_floating_point() and c.shape[0] == b.shape[1]:

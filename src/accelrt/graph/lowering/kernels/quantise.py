@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-
 from typing import Any
 
 import torch
 
-from accelrt.graph.lowering.dtypes import Tensor
+from accelrt.graph.lowering.dtypes import Tensor, torch_dtype
 from accelrt.graph.lowering.kernels.cast import cast
 from accelrt.graph.lowering.kernels.conv import convolution
 
@@ -48,13 +47,7 @@ def quantize(
     rounded = ratio.double().round().clamp(-(2.0**31), 2.0**31)
     if zero_point is not None:
         rounded = rounded + _spread(zero_point, x, axis, block_size)
-    return rounded.clamp(low, high).to(torch.int32).to(_held(onnx_dtype))
-
-
-def _held(name: str) -> Any:
-    from accelrt.graph.lowering.dtypes import torch_dtype
-
-    return torch_dtype(name)
+    return rounded.clamp(low, high).to(torch.int32).to(torch_dtype(onnx_dtype))
 
 
 def dequantize(
@@ -79,8 +72,11 @@ def _saturated(x: Tensor, zero_point: Tensor, like: Any) -> Tensor:
     return (x.round() + zero_point.to(x.dtype)).clamp(info.min, info.max).to(like)
 
 
-def _per_row(zero_point: Tensor | None) -> Tensor | None:
-    return zero_point[..., None] if zero_point is not None and zero_point.dim() == 1 and zero_point.numel() > 1 else zero_point
+def _per_row(parameter: Tensor | None) -> Tensor:
+    """Bring one parameter a row of a matrix to its place; one for all stays."""
+    if parameter is None or parameter.dim() != 1 or parameter.numel() == 1:
+        return parameter
+    return parameter[..., None]
 
 
 def mat_mul_integer(
@@ -94,8 +90,8 @@ def q_linear_mat_mul(
     y_scale: Tensor, y_zero_point: Tensor,
 ) -> Tensor:  # fmt: skip
     product = torch.matmul(_centred(a, _per_row(a_zero_point)), _centred(b, b_zero_point))
-    factor = (_per_row(a_scale).double() * b_scale.double()) / _per_row(y_scale).double()  # type: ignore[union-attr]
-    return _saturated(product * factor, _per_row(y_zero_point), y_zero_point.dtype)  # type: ignore[arg-type]
+    factor = (_per_row(a_scale).double() * b_scale.double()) / _per_row(y_scale).double()
+    return _saturated(product * factor, _per_row(y_zero_point), y_zero_point.dtype)
 
 
 def conv_integer(
@@ -117,9 +113,7 @@ def q_linear_conv(
     y_scale: Tensor, y_zero_point: Tensor, bias: Tensor | None = None, **attributes: Any,
 ) -> Tensor:  # fmt: skip
     bias = None if bias is None else bias.double()
-    product = convolution(
-        _centred(x, x_zero_point), _centred(w, _per_filter(w_zero_point, w)), bias, **attributes
-    )
+    product = convolution(_centred(x, x_zero_point), _centred(w, _per_filter(w_zero_point, w)), bias, **attributes)
     factor = x_scale.double() * w_scale.double() / y_scale.double()
     factor = factor if factor.numel() == 1 else factor.reshape([1, -1] + [1] * (w.dim() - 2))
     return _saturated(product * factor, y_zero_point, y_zero_point.dtype)

@@ -162,7 +162,7 @@ def _along(x: Tensor, axis: int | None, version: int, function: Any) -> Tensor:
     return function(x.flatten(axis), axis).reshape(x.shape)
 
 
-def top_k(x: Tensor, k: Any = None, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> Sequence[Tensor]:  # noqa: A002
+def top_k(x: Tensor, k: Any = None, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> Sequence[Tensor]:
     """TopK: equal values keep their order, which torch's own topk does not promise."""
     count = k[0] if isinstance(k, (list, tuple)) else k
     values, indices = torch.sort(x, dim=axis, descending=bool(largest), stable=True)

@@ -37,11 +37,10 @@ class _Axis:
     end: float
 
 
-def upsample(
-    x: Tensor, scales: Any = None, *, mode: str = "nearest", version: int
-) -> Tensor:
+def upsample(x: Tensor, scales: Any = None, *, mode: str = "nearest", version: int) -> Tensor:
     """Upsample, and Resize before version 11: places are scaled, and the nearest is the one below."""
-    method = _Method("linear" if mode in ("linear", "bilinear") else mode, "asymmetric", "floor", -0.75, False, False, 0.0)
+    mode = "linear" if mode == "bilinear" else mode
+    method = _Method(mode, "asymmetric", "floor", -0.75, False, False, 0.0)
     axes = [_Axis(int(n), math.floor(n * s), s, 0.0, 1.0) for n, s in zip(x.shape, scales, strict=True)]
     return _resized(x, axes, method)
 
@@ -152,12 +151,15 @@ def _beyond(axis: _Axis, method: _Method) -> list[bool]:
 @lru_cache(maxsize=256)
 def _nearest(axis: _Axis, method: _Method) -> list[int]:
     places = _origins(axis, method)
-    rounded = {
-        "round_prefer_floor": lambda: np.ceil(places - 0.5),
-        "round_prefer_ceil": lambda: np.floor(places + 0.5),
-        "floor": lambda: np.floor(places),
-        "ceil": lambda: np.ceil(places),
-    }[method.nearest_mode]()
+    match method.nearest_mode:
+        case "round_prefer_floor":
+            rounded = np.ceil(places - 0.5)
+        case "round_prefer_ceil":
+            rounded = np.floor(places + 0.5)
+        case "floor":
+            rounded = np.floor(places)
+        case _:
+            rounded = np.ceil(places)
     return [int(p) for p in np.clip(rounded, 0, axis.size - 1)]
 
 

@@ -80,11 +80,11 @@ def split(
 ) -> Sequence[Tensor]:
     """Split into the sizes given, else evenly, the last part being smaller where it must."""
     if split is not None:
-        return torch.split(x, list(split), axis)
+        return tuple(torch.split(x, list(split), axis))
     count = num_outputs or outputs
     total = x.shape[axis]
     part = -(-total // count)
-    return torch.split(x, [part] * (count - 1) + [total - part * (count - 1)], axis)
+    return tuple(torch.split(x, [part] * (count - 1) + [total - part * (count - 1)], axis))
 
 
 def slice_(x: Tensor, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Tensor:
@@ -108,9 +108,7 @@ def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Sequence) else [value]
 
 
-def pad(
-    x: Tensor, pads: Any, value: Any = None, axes: Any = None, *, mode: str = "constant"
-) -> Tensor:
+def pad(x: Tensor, pads: Any, value: Any = None, axes: Any = None, *, mode: str = "constant") -> Tensor:
     """Pad or, where negative, crop."""
     pads = _list(pads)
     axes = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in _list(axes)]
