@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from accelrt.errors import CompileError
 from accelrt.graph.convert import from_type_proto
 from accelrt.graph.lowering import host
-from accelrt.graph.lowering.dtypes import Tensor, to_numpy, to_torch, torch_dtype
+from accelrt.graph.lowering.dtypes import Tensor, same_bits, to_numpy, to_torch, torch_dtype
 from accelrt.graph.lowering.functions import expansion
 from accelrt.graph.lowering.kernels import control
 from accelrt.graph.lowering.table import CONTROL, Entry, entry_for, lowerable
@@ -133,7 +133,7 @@ class _Value:
         if self.sizes is not None:
             return True
         constant = self.constant
-        return constant is not None and constant.dtype in (torch.int64, torch.int32) and constant.dim() <= 1
+        return constant is not None and constant.dtype in (torch.int64, torch.int32, torch.bool) and constant.dim() <= 1
 
 
 _NOTHING = _Value()
@@ -433,16 +433,16 @@ def _cast(x: Tensor, dtype: Any) -> Tensor:
 
 
 def _view(x: Tensor, dtype: Any) -> Tensor:
-    return x.view(dtype)
+    return same_bits(x, dtype)
 
 
 def _order(x: Tensor, dtype: Any) -> Tensor:
     """Bring uint64 to the int64 of the same place in order."""
-    return x.view(dtype) ^ torch.iinfo(dtype).min
+    return same_bits(x, dtype) ^ torch.iinfo(dtype).min
 
 
 def _unorder(x: Tensor, dtype: Any) -> Tensor:
-    return (x ^ torch.iinfo(x.dtype).min).view(dtype)
+    return same_bits(x ^ torch.iinfo(x.dtype).min, dtype)
 
 
 _TREAT = {"cast": _cast, "view": _view, "order": _order}
@@ -455,7 +455,7 @@ def _target(treatment: str) -> Any:
 # Sizes
 
 
-_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
+_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Mod", "Equal", "Less", "Greater", "And", "Or"})
 _HOST: dict[str, Callable[..., Any]] = {
     "Shape": host.shape,
     "Size": host.size,
@@ -467,14 +467,25 @@ _HOST: dict[str, Callable[..., Any]] = {
     "Squeeze": host.squeeze,
     "Identity": host.identity,
     "Cast": host.identity,
+    "Not": host.negate,
+    "Where": host.where,
     **dict.fromkeys(_ARITHMETIC, host.elementwise),
 }
+
+
+_LOGIC = frozenset({"Equal", "Less", "Greater", "And", "Or", "Not"})
 
 
 def _stays_on_host(node: Node) -> bool:
     """Whether Python numbers can take the node: integers of rank 0 and 1 throughout."""
     output = node.output_types[0]
-    if not isinstance(output, TensorType) or output.dtype != "int64" or output.shape is None or len(output.shape) > 1:
+    if not isinstance(output, TensorType) or output.shape is None or len(output.shape) > 1:
+        return False
+    if output.dtype != ("bool" if node.op_type in _LOGIC else "int64"):
+        return False
+    if node.op_type == "Cast" and node.input_dtype(0) == "bool":
+        return False
+    if node.op_type == "Mod" and node.attributes.get("fmod", 0):
         return False
     shapes = [node.input_shape(index) for index in range(len(node.inputs)) if node.has_input(index)]
     if any(shape is None or len(shape) > 1 for shape in shapes):

@@ -77,6 +77,12 @@ def to_numpy(tensor: Tensor, dtype: str | None = None) -> np.ndarray[Any, Any]:
     return array if dtype in (None, name) else array.astype(numpy_dtype(str(dtype)))
 
 
+def same_bits(x: Tensor, dtype: Any) -> Tensor:
+    """Return a tensor's bits as another type of the same size."""
+    # torch.jit.trace cannot write a view as another type; it can write the copy.
+    return torch.ops.aten.view_copy.dtype(x, dtype) if torch.jit.is_tracing() else x.view(dtype)
+
+
 def _native(name: str) -> bool:
     return name in _NUMPY
 

@@ -87,8 +87,23 @@ def identity(x: Sizes, **_: Any) -> Sizes:
 
 
 def elementwise(x: Sizes, y: Sizes, *, op: str) -> Sizes:
-    """Add, Sub, Mul, Div (towards zero) of sizes, one of which may be a single number."""
-    function = _ELEMENTWISE[op]
+    """A binary operator on sizes, or on what was found of them; one may be a single number."""
+    return _spread(_ELEMENTWISE[op], x, y)
+
+
+def negate(x: Sizes) -> Sizes:
+    """Not."""
+    return [not item for item in x] if isinstance(x, list) else not x
+
+
+def where(condition: Sizes, x: Sizes, y: Sizes) -> Sizes:
+    """Where, of three numbers or lists that broadcast."""
+    pairs = _spread(lambda a, b: (a, b), x, y)
+    return _spread(lambda c, pair: pair[0] if c else pair[1], condition, pairs)
+
+
+def _spread(function: Callable[[Any, Any], Any], x: Sizes, y: Sizes) -> Sizes:
+    """Apply a function to numbers, or along lists; a list of one, or a number, goes with all of the other."""
     if not isinstance(x, list) and not isinstance(y, list):
         return function(x, y)
     xs, ys = x if isinstance(x, list) else [x], y if isinstance(y, list) else [y]
@@ -108,4 +123,10 @@ _ELEMENTWISE: dict[str, Callable[[Any, Any], Any]] = {
     "Sub": lambda a, b: a - b,
     "Mul": lambda a, b: a * b,
     "Div": _divide,
+    "Mod": lambda a, b: a % b,
+    "Equal": lambda a, b: a == b,
+    "Less": lambda a, b: a < b,
+    "Greater": lambda a, b: a > b,
+    "And": lambda a, b: a and b,
+    "Or": lambda a, b: a or b,
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from accelrt.graph.lowering.dtypes import Tensor, torch_dtype
+from accelrt.graph.lowering.dtypes import Tensor, same_bits, torch_dtype
 
 _SMALL = {"int4": (4, True), "uint4": (4, False), "int2": (2, True), "uint2": (2, False)}
 _LARGEST = {
@@ -74,4 +74,4 @@ def float4(x: Tensor) -> Tensor:
 
 
 def bit_cast(x: Tensor, *, to: int, onnx_dtype: str) -> Tensor:
-    return x.view(torch_dtype(onnx_dtype))
+    return same_bits(x, torch_dtype(onnx_dtype))
