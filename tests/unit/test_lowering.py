@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -100,6 +101,54 @@ def test_sizes_are_python_numbers_and_leave_no_tensors_behind() -> None:
     assert lowered.static
     assert "tolist" not in lowered.module.code and "as_tensor" not in lowered.module.code
     assert lowered.run({"x": np.zeros((2, 3, 4), np.float32)})["y"].shape == (6, 4)
+
+
+def test_choices_between_sizes_are_python_too() -> None:
+    """What PyTorch's exporter writes for an expand that keeps sizes marked -1."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Concat", ["two", "s"], ["wanted"], axis=0),
+        helper.make_node("Equal", ["wanted", "marks"], ["is_mark"]),
+        helper.make_node("Not", ["is_mark"], ["kept"]),
+        helper.make_node("Mod", ["wanted", "three"], ["rest"]),
+        helper.make_node("Where", ["kept", "rest", "wanted"], ["to"]),
+        helper.make_node("ConstantOfShape", ["to"], ["y"]),
+    ]
+    constants = {"two": np.array([2]), "marks": np.array([2, 5]), "three": np.array([3])}
+    lowered = lower(_model(nodes, [("x", 1, ["a"])], [("y", 1, None)], **constants))
+    assert lowered.static
+    assert lowered.run({"x": np.zeros(5, np.float32)})["y"].shape == (2, 5)
+    assert lowered.run({"x": np.zeros(4, np.float32)})["y"].shape == (2, 1)
+
+
+def test_attention_with_a_cache_can_be_traced() -> None:
+    node = helper.make_node("Attention", ["q", "k", "v", "", "pk", "pv"], ["y", "nk", "nv"], is_causal=1)
+    shapes = {"q": 3, "k": 3, "v": 3, "pk": 5, "pv": 5}
+    model = _model(
+        [node], [(name, 1, [1, 2, size, 4]) for name, size in shapes.items()],
+        [("y", 1, [1, 2, 3, 4]), ("nk", 1, [1, 2, 8, 4]), ("nv", 1, [1, 2, 8, 4])], opset=23,
+    )  # fmt: skip
+    lowered = lower(model)
+    assert lowered.static
+    random = np.random.default_rng(0)
+    feeds = {name: random.standard_normal((1, 2, size, 4)).astype(np.float32) for name, size in shapes.items()}
+    expected = onnx.reference.ReferenceEvaluator(model).run(None, feeds)
+    for value, array in zip(lowered.run(feeds).values(), expected, strict=True):
+        np.testing.assert_allclose(value, array, rtol=1e-4, atol=1e-5)
+    arguments = tuple(torch.from_numpy(feeds[name]) for name in shapes)
+    traced = torch.jit.trace(lowered.module, arguments, check_trace=False)
+    torch.testing.assert_close(traced(*arguments)[0], lowered.module(*arguments)[0])
+
+
+def test_unsigned_types_can_be_traced() -> None:
+    nodes = [helper.make_node("Max", ["x", "w"], ["m"]), helper.make_node("Add", ["m", "w"], ["y"])]
+    large = np.array([(1 << 64) - 1, 1, 1 << 63], np.uint64)
+    model = _model(nodes, [("x", 13, [3])], [("y", 13, [3])], w=np.array([1, 2, 3], np.uint64))
+    lowered = lower(model)
+    assert lowered.run({"x": large})["y"].tolist() == [0, 4, (1 << 63) + 3]
+    argument = torch.from_numpy(large)
+    traced = torch.jit.trace(lowered.module, (argument,), check_trace=False)
+    assert traced(argument)[0].tolist() == [0, 4, (1 << 63) + 3]
 
 
 def test_what_depends_on_data_says_so() -> None:

@@ -218,6 +218,8 @@ class _Writer:
 
     def node(self, node: Node, scope: dict[str, _Value]) -> Sequence[_Value]:
         inputs = [scope[name] for name in node.inputs]
+        if not node.domain and node.op_type == "CastLike":
+            inputs = inputs[:1]  # of the second, the type alone matters, and that is known
         if not node.domain and node.op_type in CONTROL:
             return _Control(self, node, inputs, scope).write()
         if not node.domain and node.op_type == "Constant":

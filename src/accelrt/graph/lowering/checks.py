@@ -81,13 +81,10 @@ def bit_cast(node: Node) -> str | None:
 
 def no_noop(node: Node) -> str | None:
     """With no axes and noop_with_empty_axes, ONNX's text and its function bodies differ about what is applied."""
-    if node.attributes.get("noop_with_empty_axes", 0) and (not node.has_input(1) or _is_empty(node.constants.get(1))):
-        return _refuse(node, "with noop_with_empty_axes and no axes")
+    axes = node.constants.get(1)
+    if node.attributes.get("noop_with_empty_axes", 0) and (axes is None or np.size(axes) == 0):
+        return _refuse(node, "with noop_with_empty_axes and, perhaps, no axes")
     return None
-
-
-def _is_empty(value: Any) -> bool:
-    return value is not None and np.size(value) == 0
 
 
 def lp_normalization(node: Node) -> str | None:

@@ -36,7 +36,9 @@ def cast(x: Tensor, *, onnx_dtype: str, saturate: int = 1, round_mode: str = "up
     return x.to(target)
 
 
-def cast_like(x: Tensor, like: Tensor, *, onnx_dtype: str, saturate: int = 1, round_mode: str = "up") -> Tensor:
+def cast_like(
+    x: Tensor, like: Tensor | None = None, *, onnx_dtype: str, saturate: int = 1, round_mode: str = "up"
+) -> Tensor:
     return cast(x, onnx_dtype=onnx_dtype, saturate=saturate)
 
 
