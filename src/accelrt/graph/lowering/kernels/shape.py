@@ -95,13 +95,18 @@ def slice_(x: Tensor, starts: Any, ends: Any, axes: Any = None, steps: Any = Non
     forward = [slice(None)] * x.dim()
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if step > 0:
-            forward[axis] = slice(start, end, step)
+            forward[axis] = slice(_within(start), _within(end), step)
     x = x[tuple(forward)]
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if step < 0:
             places = list(backwards(start, end, step, int(x.shape[axis])))
             x = x.index_select(axis, torch.tensor(places, dtype=torch.int64, device=x.device))
     return x
+
+
+def _within(place: Any) -> Any:
+    """Bring a bound that stands for "all the way" to what torch takes without a warning."""
+    return max(min(place, 1 << 62), -(1 << 62)) if isinstance(place, int) else place
 
 
 def _list(value: Any) -> list[Any]:
