@@ -349,27 +349,37 @@ class _View:
             output_types=tuple(self.types.get(n) for n in proto.output),
             attributes={a.name: attribute_value(a) for a in proto.attribute if not _is_graph(a)},
             constants={i: self.constants[n] for i, n in enumerate(proto.input) if n in self.constants},
-            bodies=tuple(self._body(body) for body in bodies_of(proto)),
+            bodies=tuple(self._body(body, self._handed_in(proto)) for body in bodies_of(proto)),
             captures=(captures := tuple(captures_of(proto))),
             capture_types=tuple(self.types.get(n) for n in captures),
             proto=proto,
         )
 
-    def _body(self, graph: onnx.GraphProto) -> tuple[Node, ...]:
-        view = _View(self.opsets, {**self.types, **self._body_types(graph)}, self._body_constants(graph))
+    def _handed_in(self, proto: onnx.NodeProto) -> list[ValueType | None]:
+        """Return what is known of a body's inputs from the loop around it; sizes may change from trip to trip."""
+        types = [self.types.get(name) for name in proto.input]
+        if proto.op_type == "Loop":
+            return [TensorType("int64", ()), TensorType("bool", ()), *map(_of_any_shape, types[2:])]
+        return list(map(_of_any_shape, types))
+
+    def _body(self, graph: onnx.GraphProto, handed_in: Sequence[ValueType | None]) -> tuple[Node, ...]:
+        view = _View(self.opsets, {**self.types, **self._body_types(graph, handed_in)}, self._body_constants(graph))
         return tuple(view.node(node, node.name or f"{node.op_type}_{index}") for index, node in enumerate(graph.node))
 
     def _body_constants(self, graph: onnx.GraphProto) -> dict[str, Any]:
         own = {t.name: numpy_helper.to_array(t) for t in graph.initializer if not is_external(t)}
         return {**self.constants, **own}
 
-    def _body_types(self, graph: onnx.GraphProto) -> dict[str, ValueType]:
+    def _body_types(self, graph: onnx.GraphProto, handed_in: Sequence[ValueType | None]) -> dict[str, ValueType]:
         """Infer inside a body as if it were a model whose captures are inputs: onnx does not report types there."""
         outer = dict.fromkeys(_free_names(graph))
         model = onnx.ModelProto(ir_version=onnx.IR_VERSION)
         for domain, version in self.opsets.items():
             model.opset_import.add(domain=domain, version=version)
         model.graph.CopyFrom(graph)
+        for value, known in zip(model.graph.input, handed_in, strict=False):
+            if known is not None and from_type_proto(value.type) is None:
+                value.type.CopyFrom(to_type_proto(known))
         for name in outer:
             if (type_ := self.types.get(name)) is not None:
                 model.graph.input.append(onnx.ValueInfoProto(name=name, type=to_type_proto(type_)))
@@ -382,6 +392,10 @@ class _View:
             if (type_ := from_type_proto(value.type)) is not None:
                 found[value.name] = type_
         return found
+
+
+def _of_any_shape(type_: ValueType | None) -> ValueType | None:
+    return TensorType(type_.dtype) if isinstance(type_, TensorType) else type_
 
 
 def _free_names(graph: onnx.GraphProto) -> Iterable[str]:
