@@ -21,7 +21,9 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from accelrt import errors
@@ -34,13 +36,26 @@ _POLL_S = 0.05
 _LOG_CHARACTERS = 2000
 
 
-def call(function: str, *, timeout_s: float = TIMEOUT_S, memory_bytes: int | None = None, **arguments: Any) -> Any:
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+def call(
+    function: str,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    memory_bytes: int | None = None,
+    environment: Mapping[str, str] = _NOTHING,
+    **arguments: Any,
+) -> Any:
     """Call ``module:function`` in a child process and return its result.
+
+    Whatever the function starts is in the child's process group, and is killed with it.
 
     Args:
         function: A function at the top level of an importable module.
         timeout_s: Seconds until the child is killed.
         memory_bytes: Resident bytes at which the child is killed; None for no limit.
+        environment: Variables that must be set before anything is imported; a child with others is replaced.
         arguments: JSON data, passed by name.
 
     Raises:
@@ -49,16 +64,26 @@ def call(function: str, *, timeout_s: float = TIMEOUT_S, memory_bytes: int | Non
         CompileError: The function raised anything else.
     """
     with _LOCK:
-        return _child().call(function, arguments, timeout_s, memory_bytes)
+        return _child(environment).call(function, arguments, timeout_s, memory_bytes)
+
+
+def restart() -> None:
+    """End the child; the next call starts another, which sees the environment and the import path of that moment."""
+    global _CURRENT
+    with _LOCK:
+        if _CURRENT is not None and _CURRENT.alive():
+            _CURRENT.kill()
+        _CURRENT = None
 
 
 class _Child:
-    def __init__(self) -> None:
+    def __init__(self, extra: Mapping[str, str]) -> None:
+        self.extra = dict(extra)
         self.owner = os.getpid()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
         request_read, self._requests = os.pipe()
         self._replies, reply_write = os.pipe()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {**os.environ, **extra, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "accelrt.isolation", str(request_read), str(reply_write)],
             stdin=subprocess.DEVNULL,
@@ -66,6 +91,7 @@ class _Child:
             stderr=self._log,
             pass_fds=(request_read, reply_write),
             env=environment,
+            process_group=0,  # compilers start processes of their own, which must not outlive a timeout
         )
         os.close(request_read)
         os.close(reply_write)
@@ -121,7 +147,8 @@ class _Child:
 
     def kill(self) -> None:
         if self.owner == os.getpid():
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         for descriptor in (self._requests, self._replies):
             with contextlib.suppress(OSError):
@@ -133,10 +160,12 @@ _LOCK = threading.Lock()
 _CURRENT: _Child | None = None
 
 
-def _child() -> _Child:
+def _child(environment: Mapping[str, str]) -> _Child:
     global _CURRENT
+    if _CURRENT is not None and _CURRENT.alive() and environment and _CURRENT.extra != environment:
+        _CURRENT.kill()
     if _CURRENT is None or not _CURRENT.alive():
-        _CURRENT = _Child()
+        _CURRENT = _Child(environment)
     return _CURRENT
 
 

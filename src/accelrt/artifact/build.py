@@ -53,6 +53,7 @@ class BuildRequest:
     """Everything that decides what a compile gives; two equal requests give equal artifacts.
 
     ``precision`` is what was asked for, ``precisions`` what each candidate computes in: its default if left out.
+    The engines among ``candidates`` are replaced by what their options make of them.
     """
 
     target: str
@@ -66,6 +67,9 @@ class BuildRequest:
         if not self.precisions:
             defaults = tuple(candidate.engine.caps.default_precision for candidate in self.candidates)
             object.__setattr__(self, "precisions", defaults)
+        pairs = zip(self.candidates, self.options.engines, strict=True)
+        made = tuple(replace(one, engine=one.engine.with_options(options)) for one, options in pairs)
+        object.__setattr__(self, "candidates", made)
 
     def key(self, graph: Graph, check: Check | None = None) -> str:
         """Return the name under which the result is cached: model, toolchains, options, format and check."""

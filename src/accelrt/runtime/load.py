@@ -69,11 +69,16 @@ def _stale(artifact: Artifact) -> AccelrtError | None:
         status = status_of(engine)
         if not status.usable:
             return unavailable(f"The artifact needs {segment.name}, which is", segment.backend, status)
-        if difference := _difference(segment.fingerprint, engine.fingerprint()):
+        if difference := _difference(segment.fingerprint, _as_compiled(engine, segment).fingerprint()):
             return IncompatibleProgram(
                 f"The program for {segment.name} was compiled for {difference}.", backend=segment.backend
             )
     return None
+
+
+def _as_compiled(engine: Engine, segment: SegmentRecord) -> Engine:
+    """Return the engine as the options of a segment's program make it."""
+    return engine.with_options(option_module.from_json(engine.options, segment.options))
 
 
 def _difference(compiled: Mapping[str, str], present: Mapping[str, str]) -> str:
@@ -145,7 +150,7 @@ class _Loader:
         return Session(self.artifact.signature, steps, fallback=self.fallback, workers=workers, keep=self.artifact)
 
     def _step(self, index: int, segment: SegmentRecord) -> Step:
-        engine = find_engine(REGISTRY.backend(segment.backend), segment.engine)
+        engine = _as_compiled(find_engine(REGISTRY.backend(segment.backend), segment.engine), segment)
         lock = None if engine.caps.concurrent else threading.Lock()
 
         def recover(error: BaseException) -> Executable:
@@ -153,7 +158,7 @@ class _Loader:
 
         step = Step(segment.name, None, segment.signature.input_names, segment.signature.output_names, recover, lock)
         try:
-            step.executable = _load(engine, self._program(segment, engine), self._devices(segment))
+            step.executable = _load(engine, self._program(segment, engine), self._devices(segment, engine))
         except (DeviceError, IncompatibleProgram) as error:
             # Devices named in this call must exist; and where the CPU's are missing there is nowhere to go.
             named = self.explicit or segment.backend == CPU
@@ -169,9 +174,9 @@ class _Loader:
         options = option_module.from_json(engine.options, segment.options)
         return Program(files, segment.fingerprint, segment.signature, options, precision_named(segment.precision))
 
-    def _devices(self, segment: SegmentRecord) -> tuple[Device, ...]:
+    def _devices(self, segment: SegmentRecord, engine: Engine) -> tuple[Device, ...]:
         backend = REGISTRY.backend(segment.backend)
-        found = devices_of(backend, self.wanted if segment.backend == self.target.backend else None)
+        found = devices_of(backend, self.wanted if segment.backend == self.target.backend else None, engine)
         if not found:
             raise CoresUnavailable(f"Backend {backend.name!r} has no device here.", backend=backend.name)
         return found

@@ -52,7 +52,7 @@ from accelrt.graph.node import WEIGHTS_FILE, Node
 from accelrt.graph.types import Signature
 from accelrt.graph.weights import WeightFile
 from accelrt.options import from_json
-from accelrt.registry import REGISTRY, find_engine
+from accelrt.registry import REGISTRY, devices_of, find_engine
 from accelrt.runtime.session import Session
 from accelrt.target import Target, parse
 from accelrt.testing.models import Array, Builder, mlp, small_cnn
@@ -98,12 +98,14 @@ class BackendContract:
         backend_class: The backend under test. It is registered for the tests if it is not installed.
         engine_name: The engine under test; None for the first.
         sdk_modules: Top-level modules of the vendor that importing the backend must not import.
+        batch: The size of every open dimension of the models; None leaves them open. For engines of static shapes.
         rtol, atol: How far answers may be from those of the CPU; wider for engines that compute in less than fp32.
     """
 
     backend_class: ClassVar[type[Backend]]
     engine_name: ClassVar[str | None] = None
     sdk_modules: ClassVar[Sequence[str]] = ()
+    batch: ClassVar[int | None] = None
     rtol: ClassVar[float] = 1e-3
     atol: ClassVar[float] = 1e-4
 
@@ -146,9 +148,9 @@ class BackendContract:
         return engine
 
     @pytest.fixture
-    def devices(self, backend: Backend) -> Sequence[Device]:
+    def devices(self, backend: Backend, engine: Engine) -> Sequence[Device]:
         """The devices, if there are any to run on."""
-        devices = backend.devices()
+        devices = devices_of(backend, None, engine)
         if not devices:
             pytest.skip(f"backend {backend.name} has no device here")
         return devices
@@ -177,14 +179,23 @@ class BackendContract:
 
     def something_supported(self, engine: Engine) -> Graph:
         """Return the longest start of a perceptron that the engine takes, else a node of any model that it takes."""
-        for build in MODELS.values():
-            graph = load_graph(build())
+        for name in MODELS:
+            graph = load_graph(self.build(name))
             verdicts = engine.supports_all(graph.nodes, engine.caps.default_precision)
             start = [index for index, _ in takewhile(lambda pair: pair[1].supported, enumerate(verdicts))]
             single = [index for index, verdict in enumerate(verdicts) if verdict.supported][:1]
             if start or single:
                 return graph.extract(start or single)
         pytest.skip(f"{engine.name} takes no node of {', '.join(MODELS)}")
+
+    def build(self, name: str) -> onnx.ModelProto:
+        """Return one of `MODELS`, with the sizes that the engine under test needs to know."""
+        model = MODELS[name]()
+        for value in (*model.graph.input, *model.graph.output):
+            for dim in value.type.tensor_type.shape.dim:
+                if self.batch is not None and not dim.HasField("dim_value"):
+                    dim.dim_value = self.batch
+        return model
 
     def close_to(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         """Fail unless outputs are named, typed, shaped and valued as the oracle's are."""
@@ -265,7 +276,7 @@ class BackendContract:
 
     @pytest.mark.parametrize("model", MODELS)
     def test_verdicts_are_the_same_each_time_and_all_at_once(self, usable: Engine, model: str) -> None:
-        nodes = load_graph(MODELS[model]()).nodes
+        nodes = load_graph(self.build(model)).nodes
         precision = usable.caps.default_precision
         together = usable.supports_all(nodes, precision)
         assert usable.supports_all(nodes, precision) == together
@@ -278,11 +289,11 @@ class BackendContract:
 
     def test_every_precision_gets_a_verdict(self, usable: Engine) -> None:
         for precision in PRECISIONS:
-            for verdict in usable.supports_all(load_graph(mlp()).nodes, precision):
+            for verdict in usable.supports_all(load_graph(self.build("mlp")).nodes, precision):
                 assert verdict.supported or verdict.reason
 
     def test_an_operator_nobody_knows_is_refused(self, usable: Engine) -> None:
-        node = load_graph(mlp()).nodes[0]
+        node = load_graph(self.build("mlp")).nodes[0]
         stranger = _stranger(node)
         verdict = usable.supports(stranger, usable.caps.default_precision)
         assert not verdict.supported
@@ -329,7 +340,7 @@ class BackendContract:
     def test_answers_are_those_of_the_cpu(
         self, target: str, devices: Sequence[Device], tmp_path: Path, model: str
     ) -> None:
-        proto = MODELS[model]()
+        proto = self.build(model)
         artifact = accelrt.compile(proto, target, fallback="allow")
         path = artifact.save(tmp_path / "model.accel")
         with (
@@ -347,7 +358,7 @@ class BackendContract:
 
     def test_what_is_refused_runs_elsewhere_and_the_placement_says_so(self, backend: Backend, target: str) -> None:
         engine = find_engine(backend, target.partition("/")[2])
-        proto = mixed()
+        proto = self.build("mixed")
         nodes = load_graph(proto).nodes
         verdicts = engine.supports_all(nodes, engine.caps.default_precision)
         refused = {n.name: v.reason for n, v in zip(nodes, verdicts, strict=True) if not v.supported}
@@ -374,7 +385,7 @@ class BackendContract:
 
     def perceptron(self, target: str) -> Artifact:
         """Return the perceptron compiled for the engine under test."""
-        return accelrt.compile(mlp(), target, fallback="allow")
+        return accelrt.compile(self.build("mlp"), target, fallback="allow")
 
     def test_calls_from_several_threads_get_their_own_answers(self, session: Session) -> None:
         calls = [draw(session.signature, 1 + number % 3, seed=number) for number in range(24)]
