@@ -1,4 +1,4 @@
-"""What the authors need to see of a machine with Neuron devices: no secrets, no processes, no variables but Neuron's."""
+"""What the authors need to see of a machine with Neuron devices: no secrets, processes or variables but Neuron's."""
 
 from __future__ import annotations
 

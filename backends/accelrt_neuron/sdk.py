@@ -48,7 +48,7 @@ class Sdk:
             return False
 
     def probe(self) -> dict[str, Any]:
-        """Return versions and signatures as a child process sees them, or ``problem`` and whether it is a placeholder."""
+        """Return versions and signatures as a child process sees them, or ``problem`` and ``placeholder``."""
         try:
             facts: dict[str, Any] = isolation.call(
                 "accelrt_neuron.sdk:facts_of",

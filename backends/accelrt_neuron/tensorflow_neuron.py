@@ -181,13 +181,13 @@ class TensorFlowNeuronEngine(Engine):
                 _claim(cores, self.name)
                 importlib.import_module("tensorflow.neuron")  # registers the operators of programs
                 try:
-                    run = _predictor(tf, folder) if facts["tensorflow"] == 1 else _function(tf, folder, program)
-                except (RuntimeError, ValueError) as error:
+                    run = _predictor(tf, folder) if facts["tensorflow"] == 1 else _function(tf, folder)
+                except (RuntimeError, ValueError, tf.errors.OpError) as error:
                     raise nrt.typed(error, "Loading the program", self.name) from error
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return _TensorFlowProgram(run, program.signature, folder, self.name)
+        return _TensorFlowProgram(run, program.signature, folder, tf.errors.OpError, self.name)
 
 
 def _tensorflow_neuron_is_there() -> bool:
@@ -225,7 +225,7 @@ def _predictor(tf: Any, folder: Path) -> Any:
     return tf.contrib.predictor.from_saved_model(str(folder))
 
 
-def _function(tf: Any, folder: Path, program: Program) -> Any:
+def _function(tf: Any, folder: Path) -> Any:
     """Return a function of a dictionary; the loaded model is kept by it."""
     model = tf.keras.models.load_model(str(folder))
     serving = model.signatures["serving_default"]
@@ -239,8 +239,9 @@ def _function(tf: Any, folder: Path, program: Program) -> Any:
 
 
 class _TensorFlowProgram(Executable):
-    def __init__(self, run: Any, signature: Signature, folder: Path, engine: str) -> None:
+    def __init__(self, run: Any, signature: Signature, folder: Path, failure: type[Exception], engine: str) -> None:
         self._run, self._folder, self._engine = run, folder, engine
+        self._failures = (RuntimeError, ValueError, failure)
         self._outputs = [
             (port.name, numpy_dtype(port.type.dtype)) for port in signature.outputs if isinstance(port.type, TensorType)
         ]
@@ -250,7 +251,7 @@ class _TensorFlowProgram(Executable):
             raise RuntimeError("the executable was closed")
         try:
             results = self._run(dict(inputs))
-        except (RuntimeError, ValueError) as error:
+        except self._failures as error:
             raise nrt.typed(error, "Running the program", self._engine) from error
         return {name: np.array(results[name], dtype=dtype, copy=True) for name, dtype in self._outputs}
 
