@@ -7,12 +7,14 @@ until SDK 2.26 and means ``none`` since 2.27, and torch-neuron and tensorflow-ne
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from accelrt.backend import Precision
 from accelrt.errors import CompileError, OptionError
-from accelrt.graph.rounding import FloatKind
 from accelrt_neuron.catalogue import Generation
+
+if TYPE_CHECKING:
+    from accelrt.graph.rounding import FloatKind
 
 AutoCast: TypeAlias = Literal["none", "matmult", "all"]
 AUTO_CAST = ("none", "matmult", "all")

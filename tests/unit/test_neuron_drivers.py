@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -402,7 +403,7 @@ def test_without_the_partitioner_an_operator_too_many_is_an_error_with_the_log(
 def test_nothing_on_the_device_is_an_error(sdk: Any, kind: Any, tmp_path: Path, behave: Callable[..., None]) -> None:
     behave(STAND_IN_UNSUPPORTED="aten::linear,aten::relu")
     cls, options = kind
-    with pytest.raises(CompileError, match="No operations were successfully|0 of 3 operators landed"):
+    with pytest.raises(CompileError, match=r"No operations were successfully|0 of 3 operators landed"):
         build(cls(options(min_coverage=0.0)), scripted(mlp(), tmp_path), tmp_path)
 
 
@@ -440,9 +441,18 @@ def test_processes_of_a_compiler_that_is_stopped_end_with_it(tmp_path: Path) -> 
     pid = tmp_path / "pid"
     with pytest.raises(IsolatedError, match="stopped after"):
         isolation.call("subprocess:check_call", timeout_s=2.0, args=["sh", "-c", f"echo $$ > {pid}; exec sleep 60"])
-    number = int(pid.read_text())
-    state = Path(f"/proc/{number}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    state = Path(f"/proc/{int(pid.read_text())}/stat")
+    deadline = time.monotonic() + 10
+    while _runs(state) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the signal has been sent; the system takes its time
+    assert not _runs(state)
+
+
+def _runs(state: Path) -> bool:
+    try:
+        return state.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 # Placement and the runtime's errors
@@ -552,9 +562,9 @@ def test_dynamic_batching_is_the_vendors(sdk: Any, kind: Any, tmp_path: Path) ->
     with engine.load(build(engine, scripted(mlp(), tmp_path), tmp_path), cores(0)) as executable:
         np.testing.assert_allclose(executable.run({"x": x_of(7)})["y"], expected(mlp(), x_of(7)), rtol=1e-5, atol=1e-6)
     engine = cls(options())
-    with engine.load(build(engine, scripted(mlp(), tmp_path), tmp_path), cores(0)) as executable:
-        with pytest.raises(ExecutionError, match="Incorrect tensor shape"):
-            executable.run({"x": x_of(7)})
+    executable = engine.load(build(engine, scripted(mlp(), tmp_path), tmp_path), cores(0))
+    with pytest.raises(ExecutionError, match="Incorrect tensor shape"):
+        executable.run({"x": x_of(7)})
 
 
 def test_weights_outside_of_the_program_are_moved_once(sdk: Any, tmp_path: Path) -> None:
