@@ -249,6 +249,17 @@ def test_doctor_prints_the_vendors_command_for_the_placeholder(tmp_path: Path) -
     assert "--extra-index-url https://pip.repos.neuron.amazonaws.com" in text
 
 
+def test_the_report_shows_the_signatures_that_were_found(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    done = _accelrt(["doctor", "--report", str(path)], STAND_INS / "pytorch", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert str(path) in done.stdout
+    details = json.loads(path.read_text())["details"]["neuron"]
+    assert details["packages"]["torch-neuronx"]["signatures"]["trace"] == SIGNATURES["torch_neuronx:trace"]
+    assert details["packages"]["torch-neuronx"]["versions"]["neuronx-cc"] == "2.21.18209.0"
+    assert details["packages"]["tensorflow-neuron"] is None
+
+
 def test_a_package_that_takes_the_process_down_is_a_status(use: Callable[[Path], None], tmp_path: Path) -> None:
     (tmp_path / "torch_neuronx").mkdir()
     (tmp_path / "torch_neuronx" / "__init__.py").write_text("import os; os.abort()\n")
