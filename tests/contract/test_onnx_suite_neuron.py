@@ -36,6 +36,8 @@ pytestmark = pytest.mark.suite
 TARGET = "neuron/emulator"
 INSTANCES = {"inf1": "inf1.xlarge", "inf2": "inf2.xlarge"}
 STEP = 2.0**-8
+_FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
+"""Float types of less or more than float32 are not rounded, but may come from values that were."""
 
 
 class Recorder(SessionRep):
@@ -66,8 +68,9 @@ class Judge:
     def _compare(self, wanted: Any, got: Any, step: float) -> str | None:
         if wanted.shape != got.shape or wanted.dtype != got.dtype:
             return f"{got.dtype}{list(got.shape)} where {wanted.dtype}{list(wanted.shape)} was expected"
-        if wanted.dtype != np.float32:
+        if wanted.dtype.name not in _FLOATS:
             return None if np.array_equal(wanted, got) else f"{got.dtype} values differ"
+        wanted, got = wanted.astype(np.float64), got.astype(np.float64)
         if not np.array_equal(np.isnan(wanted), np.isnan(got)):
             return "NaN elsewhere"
         finite = np.isfinite(wanted)
@@ -75,7 +78,7 @@ class Judge:
             return "infinities elsewhere"
         largest = float(np.abs(wanted[finite]).max(initial=0.0))
         limit = step * (np.abs(wanted[finite]) + largest) + 1e-7
-        error = np.abs(wanted[finite].astype(np.float64) - got[finite])
+        error = np.abs(wanted[finite] - got[finite])
         worst = float((error - limit).max(initial=0.0))
         return None if worst <= 0 else f"off by {error.max():.3g}; the largest value is {largest:.3g}"
 

@@ -375,6 +375,53 @@ def test_a_release_with_placement_in_experimental_is_placed_there(use: Callable[
     assert runtime.CALLS == [("experimental.set_neuron_cores", {"start_nc": 3, "nc_count": 1})]
 
 
+# Segments of ONNX
+
+
+def test_segments_reach_the_engines_for_pytorch(sdk: Any, kind: Any, tmp_path: Path) -> None:
+    """The whole way: accelrt's partitioner, the lowering, the vendor's compiler and back."""
+    pytest.importorskip("accelrt.graph.lowering")
+    import accelrt
+    from accelrt.registry import REGISTRY
+    from accelrt.testing.models import mlp as onnx_mlp
+    from accelrt_neuron import NeuronBackend
+
+    class OnInf(NeuronBackend):
+        def devices(self) -> list[Device]:
+            return cores(0, 1, 2, 3)
+
+    accelrt.register(OnInf)
+    try:
+        model = onnx_mlp(batch=4)
+        artifact = accelrt.compile(model, f"neuron/{kind[0].name}", fallback="error")
+        (segment,) = artifact.manifest.segments
+        facts = json.loads((artifact.folder / segment.files["neuron.json"]).read_text())
+        assert facts["coverage"]["on_cpu"] == {}
+        path = artifact.save(tmp_path / "m.accel")
+        with accelrt.load(path, devices="1-2", fallback="error") as session, accelrt.load(model) as exact:
+            (port,) = session.signature.inputs
+            x = np.random.default_rng(0).standard_normal(port.type.shape).astype(np.float32)  # type: ignore[union-attr]
+            for name, value in exact.predict({port.name: x}).items():
+                np.testing.assert_allclose(session.predict({port.name: x})[name], value, rtol=1e-4, atol=1e-5)
+        assert {"start_nc": 1, "nc_count": 2} in [facts for _, facts in sdk.CALLS]
+    finally:
+        REGISTRY.unregister("neuron")
+
+
+def test_without_the_lowering_segments_are_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelrt.graph.load import load_graph
+    from accelrt.testing.models import mlp as onnx_mlp
+    from accelrt_neuron import lowered
+
+    monkeypatch.setattr(lowered, "_lowering", lambda: None)
+    for node in load_graph(onnx_mlp(batch=4)).nodes:
+        verdict = TorchNeuronxEngine().supports(node, "bf16")
+        assert not verdict.supported
+        assert "no lowering of ONNX to PyTorch" in verdict.reason
+    for node in load_graph(onnx_mlp()).nodes:
+        assert "static shapes" in TorchNeuronxEngine().supports(node, "bf16").reason
+
+
 # The vendor's partitioner
 
 
