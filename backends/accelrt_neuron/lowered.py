@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from accelrt.errors import CompileError
 from accelrt.graph.node import Node
 
 _MODULE = "accelrt.graph.lowering"
@@ -22,11 +23,18 @@ def lowerable(node: Node) -> str | None:
 
 
 def module_from_onnx(path: Path) -> Any:
-    """Return a ``torch.nn.Module`` that takes a model's inputs by position and returns a tuple of its outputs."""
+    """Return a ``torch.nn.Module`` that takes a model's inputs by position and returns a tuple of its outputs.
+
+    Raises:
+        CompileError: A node cannot be lowered, or what the module does depends on the values of its inputs.
+    """
     lowering = _lowering()
     if lowering is None:
-        raise NotImplementedError("this accelrt has no lowering of ONNX to PyTorch")
-    return lowering.lower(path)
+        raise CompileError("This accelrt has no lowering of ONNX to PyTorch.")
+    lowered = lowering.lower(path)
+    if lowered.depends:
+        raise CompileError(f"A trace would not see all that the segment does: {'; '.join(lowered.depends)}.")
+    return lowered.module
 
 
 @cache
