@@ -125,10 +125,7 @@ class EmulatorEngine(Engine):
         if not verdict.supported:
             return verdict
         if precision == "fp32" and generation == "v1" and node.op_type in support.PRODUCTS:
-            return Verdict.refuse(
-                "Inf1 has no float32 matrix product: neuron-cc casts the operands whatever it is told "
-                "(compiler/neuron-cc/command-line-reference.rst); precision='bf16' says so"
-            )
+            return Verdict.refuse(support.NO_FLOAT32_PRODUCT)
         if mode.what != "none" and (problem := _rounding_problem(mode, node)) is not None:
             return Verdict.refuse(problem)
         computed = self._cpu.supports(node, "fp32")

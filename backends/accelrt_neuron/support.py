@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from accelrt.backend import SUPPORTED, Verdict
 from accelrt.graph.node import Node
-from accelrt.graph.types import TensorType
+from accelrt.graph.types import Signature, TensorType
 from accelrt_neuron.catalogue import Generation
 
 _DATA = Path(__file__).parent / "data"
@@ -69,6 +69,11 @@ its compiler takes XLA, so XLA's list and the one of TensorFlow on the same comp
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "LSTM", "GRU", "RNN"})
 """What runs on the tensor engine: the vendor's ``matmult``."""
 
+NO_FLOAT32_PRODUCT = (
+    "Inf1 has no float32 matrix product: neuron-cc casts the operands whatever it is told "
+    "(compiler/neuron-cc/command-line-reference.rst); precision='bf16' says so"
+)
+
 _DTYPES = frozenset({"float32", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64", "bool"})
 _DATA_TYPES_PAGE = "about-neuron/arch/neuron-features/data-types.rst"
 
@@ -106,6 +111,17 @@ def unusual(node: Node) -> str | None:
                 f"its input {index} ({node.inputs[index]!r}) decides a shape and is no constant; Neuron compiles for "
                 f"static shapes (NCC_EMOD025)"
             )
+    return None
+
+
+def unusual_signature(signature: Signature) -> str | None:
+    """Return what keeps a whole model from any Neuron compiler: inputs of other types, or of open sizes.
+
+    Sizes of outputs follow from a trace, and need not be known before it.
+    """
+    for port in signature.inputs:
+        if (reason := _odd_value("input", port.name, port.type)) is not None:
+            return reason
     return None
 
 

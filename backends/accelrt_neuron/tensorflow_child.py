@@ -7,6 +7,7 @@ compiler is told through NEURON_CC_FLAGS alone.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,41 +18,65 @@ import numpy as np
 
 from accelrt.errors import CompileError
 from accelrt.graph.types import Port, Signature, TensorType, numpy_dtype
-from accelrt_neuron.archive import pack
+from accelrt_neuron.archive import pack, unpack
 from accelrt_neuron.torch_child import Logged
 
 PROGRAM = "model.zip"
 FLAGS = "NEURON_CC_FLAGS"
+BINDING = "accelrt.json"
+"""JSON in a SavedModel that accelrt packed: ``signature``, ``inputs`` and ``outputs``, its names in order."""
 _SERVING = "serving_default"
 
 
 def build(source: str, signature: Mapping[str, Any], plan: Mapping[str, Any], out: str) -> dict[str, Any]:
-    """Compile the SavedModel folder ``source`` and pack the result into ``out``.
+    """Compile the SavedModel ``source`` and pack the result into ``out``.
 
     Args:
-        source: A SavedModel with one signature of interest.
-        signature: Inputs and outputs by the names that the SavedModel's signature gives them, as JSON.
+        source: A SavedModel folder, or a zip file of one. If `BINDING` is in it, it says which signature is meant and
+            what its arguments and results are called, in the order of ``signature``; else they go by the names there.
+        signature: Inputs and outputs as JSON.
         plan: ``compiler_args`` (TensorFlow 1), ``environment_flags`` (TensorFlow 2), ``dynamic_batch``,
             ``compiler_timeout`` in seconds, ``minimum_segment_size``, ``signature_key``.
         out: An empty folder.
 
     Returns:
-        ``tensorflow``, the major version, and ``on_neuron_ratio``, the share of operators on the device.
+        ``tensorflow``, the major version; ``on_neuron_ratio``, the share of operators on the device; ``inputs`` and
+        ``outputs``, what the signature's ports are called in the SavedModel.
     """
     import tensorflow as tf
 
     major = int(str(tf.__version__).partition(".")[0])
     with tempfile.TemporaryDirectory(prefix="accelrt-tfneuron-") as scratch:
-        new, work = Path(scratch) / "compiled", Path(scratch) / "work"
+        new, work, folder = Path(scratch) / "compiled", Path(scratch) / "work", Path(source)
         work.mkdir()
+        if folder.is_file():
+            folder = Path(scratch) / "source"
+            unpack(Path(source), folder)
+        ports = Signature.from_json(signature)
+        inputs, outputs, key = _binding(folder, ports)
+        plan = {**plan, "signature_key": plan["signature_key"] or key}
+        renamed = Signature(
+            tuple(Port(inputs[port.name], port.type) for port in ports.inputs),
+            tuple(Port(outputs[port.name], port.type) for port in ports.outputs),
+        )
+        drive = compile_1 if major == 1 else trace_2
         with Logged(str(work), "tensorflow.neuron"):
-            ports = Signature.from_json(signature)
-            if major == 1:
-                ratio = compile_1(tf, source, str(new), ports, plan, str(work))
-            else:
-                ratio = trace_2(tf, source, str(new), ports, plan, str(work))
+            ratio = drive(tf, str(folder), str(new), renamed, plan, str(work))
         pack(new, Path(out) / PROGRAM)
-    return {"tensorflow": major, "on_neuron_ratio": ratio}
+    return {"tensorflow": major, "on_neuron_ratio": ratio, "inputs": inputs, "outputs": outputs}
+
+
+def _binding(folder: Path, ports: Signature) -> tuple[dict[str, str], dict[str, str], str | None]:
+    """Return what a model's inputs and outputs are called in its SavedModel, and in which signature."""
+    file = folder / BINDING
+    if not file.is_file():
+        return {name: name for name in ports.input_names}, {name: name for name in ports.output_names}, None
+    said = json.loads(file.read_text())
+    return (
+        dict(zip(ports.input_names, said["inputs"], strict=True)),
+        dict(zip(ports.output_names, said["outputs"], strict=True)),
+        said["signature"],
+    )
 
 
 def compile_1(tf: Any, source: str, new: str, ports: Signature, plan: Mapping[str, Any], workdir: str) -> float:

@@ -20,6 +20,7 @@ import numpy as np
 
 from accelrt import isolation
 from accelrt.backend import (
+    SUPPORTED,
     Caps,
     CompileJob,
     Device,
@@ -38,6 +39,7 @@ from accelrt_neuron.archive import unpack
 from accelrt_neuron.cores import PLACEMENT, CoreRange, core_range
 from accelrt_neuron.flags import cast_mode, check_cast_options, neuron_cc_args, neuron_cc_environment
 from accelrt_neuron.sdk import TENSORFLOW_NEURON
+from accelrt_neuron.support import NO_FLOAT32_PRODUCT, unusual_signature
 from accelrt_neuron.tensorflow_child import PROGRAM
 from accelrt_neuron.torch_engines import FACTS, SPARE_S
 
@@ -110,15 +112,30 @@ class TensorFlowNeuronEngine(Engine):
     def supports(self, node: Node, precision: Precision) -> Verdict:
         return Verdict.refuse("tensorflow-neuron takes SavedModels as a whole, no segments of ONNX")
 
+    def supports_source(self, format: str, signature: Signature, precision: Precision) -> Verdict:
+        """Tell whether a model can be compiled as a whole: its form, its types and sizes, the precision."""
+        if format not in self.formats:
+            return Verdict.refuse(f"it takes {', '.join(self.formats)}, and the source is {format}")
+        if precision == "fp32":
+            return Verdict.refuse(
+                "Inf1 has no float32 matrix product: neuron-cc casts the operands whatever it is told"
+            )
+        try:
+            cast_mode(precision, "v1", self._options.auto_cast)
+        except CompileError as error:
+            return Verdict.refuse(error.message.rstrip("."))
+        reason = unusual_signature(signature)
+        return SUPPORTED if reason is None else Verdict.refuse(reason)
+
     def compile(self, job: CompileJob, out: Path) -> Program:
         raise CompileError("tensorflow-neuron takes SavedModels as a whole, no segments of ONNX.", backend=self.name)
 
     def compile_source(
         self, source: Path, format: str, signature: Signature, precision: Precision, options: Any, out: Path
     ) -> Program:
-        """Compile a SavedModel folder into the empty folder ``out``.
+        """Compile a SavedModel, a folder or a zip file of one, into the empty folder ``out``.
 
-        ``signature`` has the names of the SavedModel's own signature and static sizes.
+        ``signature`` has static sizes, and the names of the SavedModel's own signature unless the zip file says others.
 
         Raises:
             CompileError: The compiler refused or failed, with the end of its log; or too little landed on the device.
@@ -127,7 +144,7 @@ class TensorFlowNeuronEngine(Engine):
             raise CompileError(f"tensorflow-neuron takes SavedModels, no {format!r}.", backend=self.name)
         mode = cast_mode(precision, "v1", options.auto_cast)
         if precision == "fp32":
-            raise CompileError("Inf1 has no float32 matrix product; ask for bf16 or fp16.", backend=self.name)
+            raise CompileError(f"{NO_FLOAT32_PRODUCT}.", backend=self.name)
         arguments = neuron_cc_args(mode, options.pipeline_cores)
         flags = neuron_cc_environment(mode, options.pipeline_cores, options.dynamic_batch)
         found = isolation.call(
@@ -160,6 +177,8 @@ class TensorFlowNeuronEngine(Engine):
             "auto_cast": mode.what,
             "auto_cast_type": mode.type,
             "coverage": {"on_neuron_ratio": ratio},
+            "inputs": found["inputs"],
+            "outputs": found["outputs"],
         }
         (out / FACTS).write_text(json.dumps(facts))
         files = {PROGRAM: out / PROGRAM, FACTS: out / FACTS}
@@ -187,7 +206,7 @@ class TensorFlowNeuronEngine(Engine):
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return _TensorFlowProgram(run, program.signature, folder, tf.errors.OpError, self.name)
+        return _TensorFlowProgram(run, program.signature, folder, tf.errors.OpError, facts)
 
 
 def _tensorflow_neuron_is_there() -> bool:
@@ -239,8 +258,12 @@ def _function(tf: Any, folder: Path) -> Any:
 
 
 class _TensorFlowProgram(Executable):
-    def __init__(self, run: Any, signature: Signature, folder: Path, failure: type[Exception], engine: str) -> None:
-        self._run, self._folder, self._engine = run, folder, engine
+    def __init__(
+        self, run: Any, signature: Signature, folder: Path, failure: type[Exception], facts: Mapping[str, Any]
+    ) -> None:
+        self._run, self._folder, self._engine = run, folder, str(facts["engine"])
+        self._inputs: Mapping[str, str] = facts["inputs"]
+        self._names: Mapping[str, str] = facts["outputs"]
         self._failures = (RuntimeError, ValueError, failure)
         self._outputs = [
             (port.name, numpy_dtype(port.type.dtype)) for port in signature.outputs if isinstance(port.type, TensorType)
@@ -250,10 +273,10 @@ class _TensorFlowProgram(Executable):
         if self._run is None:
             raise RuntimeError("the executable was closed")
         try:
-            results = self._run(dict(inputs))
+            results = self._run({self._inputs[name]: value for name, value in inputs.items()})
         except self._failures as error:
             raise nrt.typed(error, "Running the program", self._engine) from error
-        return {name: np.array(results[name], dtype=dtype, copy=True) for name, dtype in self._outputs}
+        return {name: np.array(results[self._names[name]], dtype=dtype, copy=True) for name, dtype in self._outputs}
 
     def close(self) -> None:
         self._run = None

@@ -79,6 +79,17 @@ class TorchEngine(Engine):
         """Return why the compiler would refuse a node as far as that is known before it is asked."""
         return support.unusual(node)
 
+    def supports_source(self, format: str, signature: Signature, precision: Precision) -> Verdict:
+        """Tell whether a model can be compiled as a whole: its form, its types and sizes, the precision."""
+        if format == "onnx" or format not in self.formats:
+            return Verdict.refuse(f"it takes {', '.join(self.formats)}, and the source is {format}")
+        try:
+            self.mode(precision)
+        except CompileError as error:
+            return Verdict.refuse(error.message.rstrip("."))
+        reason = support.unusual_signature(signature)
+        return SUPPORTED if reason is None else Verdict.refuse(reason)
+
     def compile(self, job: CompileJob, out: Path) -> Program:
         return self.compile_source(job.model, "onnx", job.signature, job.precision, job.options, out)
 

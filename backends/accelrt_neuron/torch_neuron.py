@@ -77,7 +77,7 @@ class TorchNeuronEngine(TorchEngine):
 
     def listed(self, node: Node, precision: Precision) -> str | None:
         if precision == "fp32" and node.op_type in support.PRODUCTS:
-            return "Inf1 has no float32 matrix product: neuron-cc casts the operands whatever it is told"
+            return support.NO_FLOAT32_PRODUCT
         # A list exists, is complete for its last release, and what is not in it would silently stay on the CPU.
         verdict = support.verdict(node, "v1", (support.TORCH_NEURON,))
         return None if verdict.supported else verdict.reason

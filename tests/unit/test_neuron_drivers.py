@@ -269,6 +269,24 @@ def test_a_package_that_takes_the_process_down_is_a_status(use: Callable[[Path],
     assert "SIGABRT" in status.reason
 
 
+def test_whole_models_are_taken_by_form_size_and_precision(kind: Any) -> None:
+    engine = kind[0]()
+    assert engine.supports_source("torch.export", X4, "bf16").supported
+    assert engine.supports_source("torchscript", X4, "fp16").supported
+    opened = Signature((Port("x", TensorType("float32", ("n", 8))),), X4.outputs)
+    for verdict, text in (
+        (engine.supports_source("saved_model", X4, "bf16"), "the source is saved_model"),
+        (engine.supports_source("onnx", X4, "bf16"), "the source is onnx"),
+        (engine.supports_source("torch.export", opened, "bf16"), "static shapes"),
+        (engine.supports_source("torch.export", X4, "int8"), "quantised"),
+        (TensorFlowNeuronEngine().supports_source("saved_model", X4, "fp32"), "no float32 matrix product"),
+        (TensorFlowNeuronEngine().supports_source("saved_model", opened, "bf16"), "static shapes"),
+        (TensorFlowNeuronEngine().supports_source("torchscript", X4, "bf16"), "the source is torchscript"),
+    ):
+        assert not verdict.supported
+        assert text in verdict.reason
+
+
 # Compiling
 
 
@@ -696,7 +714,7 @@ def _mutate(folder: Path, file: str, *changes: tuple[str, str]) -> None:
 
 
 TF_SCRIPT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import numpy as np
 from accelrt.backend import Device
@@ -709,17 +727,20 @@ engine = TensorFlowNeuronEngine(TensorFlowNeuronOptions(**options))
 status = engine.status()
 assert status.usable, status
 assert "tensorflow" not in sys.modules, "TensorFlow was imported to be looked at"
-signature = Signature((Port("x", TensorType("float32", (4, 8))),), (Port("y", TensorType("float32", (4, 3))),))
+names = json.loads(os.environ.get("PORTS", '["x", "y"]'))
+x_name, y_name = names
+signature = Signature((Port(x_name, TensorType("float32", (4, 8))),), (Port(y_name, TensorType("float32", (4, 3))),))
+assert engine.supports_source("saved_model", signature, "bf16").supported
 out = folder / "out"
 out.mkdir()
-program = engine.compile_source(folder / "model", "saved_model", signature, "bf16", engine._options, out)
+source = folder / "model.zip" if (folder / "model.zip").exists() else folder / "model"
+program = engine.compile_source(source, "saved_model", signature, "bf16", engine._options, out)
 facts = json.loads(program.files["neuron.json"].read_text())
 x = np.random.default_rng(1).standard_normal((rows, 8)).astype(np.float32)
 for indices in load_cores:
     devices = [Device("neuron", i, "core", 1, {"nature": "real", "visible_index": str(i)}) for i in indices]
     with engine.load(program, devices) as executable:
-        y = executable.run({"x": x})["y"]
-import os
+        y = executable.run({x_name: x})[y_name]
 print(json.dumps({"facts": facts, "y": y.tolist(), "cores": os.environ.get("NEURON_RT_VISIBLE_CORES"),
                   "flags": os.environ.get("NEURON_CC_FLAGS"), "fingerprint": dict(program.fingerprint)}))
 """
@@ -757,6 +778,23 @@ def test_a_saved_model_is_compiled_and_run(tmp_path: Path, version: str) -> None
     assert found["cores"] == "1-2"
     assert found["flags"] is None, "NEURON_CC_FLAGS was left behind"
     assert found["fingerprint"]["tensorflow-neuron"].startswith("1.15" if version == "tf1" else "2.10")
+
+
+@pytest.mark.parametrize("version", ["tf1", "tf2"])
+def test_a_packed_saved_model_says_what_its_ports_are_called(tmp_path: Path, version: str) -> None:
+    from accelrt_neuron.archive import pack
+
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    weights = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+    facts = {"w": weights.tolist(), "b": [0, 0, 0], "input": "x", "output": "y"}
+    (folder / "model.json").write_text(json.dumps(facts))
+    (folder / "accelrt.json").write_text('{"signature": "serving_default", "inputs": ["x"], "outputs": ["y"]}')
+    pack(folder, tmp_path / "model.zip")
+    found, errors = _tensorflow(tmp_path, version, PORTS='["image", "scores"]')
+    assert found is not None, errors
+    x = np.random.default_rng(1).standard_normal((4, 8)).astype(np.float32)
+    np.testing.assert_allclose(found["y"], x @ weights, rtol=1e-5, atol=1e-6)
 
 
 def test_flags_of_the_compiler_reach_tensorflow_2_by_the_environment(tmp_path: Path) -> None:
