@@ -117,9 +117,7 @@ class TensorFlowNeuronEngine(Engine):
         if format not in self.formats:
             return Verdict.refuse(f"it takes {', '.join(self.formats)}, and the source is {format}")
         if precision == "fp32":
-            return Verdict.refuse(
-                "Inf1 has no float32 matrix product: neuron-cc casts the operands whatever it is told"
-            )
+            return Verdict.refuse(NO_FLOAT32_PRODUCT)
         try:
             cast_mode(precision, "v1", self._options.auto_cast)
         except CompileError as error:
