@@ -90,6 +90,18 @@ def test_it_is_never_chosen_unless_named() -> None:
         accelrt.compile(mlp(batch=2), "neuron")
 
 
+def test_the_doctor_calls_a_backend_unusable_of_which_only_the_emulator_is() -> None:
+    from typer.testing import CliRunner
+
+    from accelrt.cli import app
+
+    done = CliRunner().invoke(app, ["doctor", "neuron"])
+    assert done.exit_code == 1
+    assert "only an emulator is usable here, and it must be named: neuron/emulator" in " ".join(done.output.split())
+    done = CliRunner().invoke(app, ["doctor", "neuron/emulator"])
+    assert done.exit_code == 0, done.output
+
+
 # Instances
 
 

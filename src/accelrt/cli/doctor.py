@@ -83,8 +83,12 @@ def _problem(target: Target | None, chosen: list[BackendInfo], found: tuple[Back
         return f"The backend {info.name!r} cannot be used: {info.reason}"
     if target.engine is not None:
         return _engine_problem(target.engine, info)
-    if not info.usable:
+    usable = [engine for engine in info.engines if engine.status.usable]
+    if not usable:
         return f"No engine of the backend {info.name!r} is usable here."
+    if all(engine.nature == "emulated" for engine in usable):
+        named = ", ".join(f"{info.name}/{engine.name}" for engine in usable)
+        return f"Of the backend {info.name!r} only an emulator is usable here, and it must be named: {named}."
     if missing := sorted(set(target.devices or ()) - {device.index for device in info.devices}):
         return f"The backend {info.name!r} has no device {missing[0]}."
     return None
