@@ -107,7 +107,9 @@ class TensorFlowNeuronEngine(Engine):
 
     def fingerprint(self) -> Mapping[str, str]:
         versions = (self.facts() or {}).get("versions", {})
-        return {**versions, "target": "inf1", "flags": f"pipeline_cores={self._options.pipeline_cores}"}
+        chosen = self._options
+        flags = f"auto_cast={chosen.auto_cast} pipeline_cores={chosen.pipeline_cores}"
+        return {**versions, "target": "inf1", "flags": flags}
 
     def supports(self, node: Node, precision: Precision) -> Verdict:
         return Verdict.refuse("tensorflow-neuron takes SavedModels as a whole, no segments of ONNX")

@@ -86,7 +86,8 @@ class TorchNeuronEngine(TorchEngine):
         return neuron_cc_args(mode, self._options.pipeline_cores)
 
     def compiled_for(self) -> Mapping[str, str]:
-        return {"target": "inf1", "flags": f"pipeline_cores={self._options.pipeline_cores}"}
+        chosen = self._options
+        return {"target": "inf1", "flags": f"auto_cast={chosen.auto_cast} pipeline_cores={chosen.pipeline_cores}"}
 
     def child_function(self) -> str:
         return "build_neuron"

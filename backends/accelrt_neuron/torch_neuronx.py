@@ -114,7 +114,8 @@ class TorchNeuronxEngine(TorchEngine):
 
     def compiled_for(self) -> Mapping[str, str]:
         chosen = self._options
-        flags = {"optlevel": chosen.optlevel, "model_type": chosen.model_type, "lnc": chosen.lnc}
+        names = ("auto_cast", "auto_cast_type", "optlevel", "model_type", "lnc")
+        flags = {name: getattr(chosen, name) for name in names}
         return {"target": self.target(), "flags": " ".join(f"{name}={value}" for name, value in flags.items())}
 
     def environment(self) -> Mapping[str, str]:

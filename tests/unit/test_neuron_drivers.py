@@ -369,7 +369,9 @@ def test_precisions_the_chip_has_not_got_are_refused(sdk: Any, tmp_path: Path) -
             build(engine, source, tmp_path, precision=precision)
 
 
-@pytest.mark.parametrize("change", [{"target": "trn2"}, {"optlevel": 3}, {"model_type": "transformer"}, {"lnc": 1}])
+@pytest.mark.parametrize(
+    "change", [{"auto_cast": "matmult"}, {"target": "trn2"}, {"optlevel": 3}, {"model_type": "transformer"}, {"lnc": 1}]
+)
 def test_what_is_compiled_for_is_in_the_fingerprint(sdk: Any, change: dict[str, Any]) -> None:
     engine = TorchNeuronxEngine()
     assert engine.with_options(TorchNeuronxOptions(**change)).fingerprint() != engine.fingerprint()
