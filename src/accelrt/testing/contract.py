@@ -256,6 +256,19 @@ class BackendContract:
         assert engine.options.__dataclass_params__.frozen  # type: ignore[attr-defined]
         assert from_json(engine.options, json.loads(json.dumps(asdict(options)))) == options
 
+    def test_default_options_make_the_same_engine(self, usable: Engine) -> None:
+        made = usable.with_options(usable.options())
+        assert made.name == usable.name
+        assert made.fingerprint() == usable.fingerprint()
+        assert made.with_options(usable.options()).fingerprint() == usable.fingerprint()
+
+    def test_devices_of_an_engines_own_belong_to_its_backend(self, backend: Backend, engine: Engine) -> None:
+        own = engine.devices()
+        assert own is None or own == engine.devices()
+        indices = [device.index for device in own or ()]
+        assert len(set(indices)) == len(indices)
+        assert {device.backend for device in own or ()} <= {backend.name}
+
     def test_import_brings_in_no_sdk(self) -> None:
         code = (
             "import importlib, sys; importlib.import_module(sys.argv[1]); "
