@@ -190,6 +190,19 @@ class Engine(ABC):
     def status(self) -> Status:
         """Tell whether the engine is usable. Never raises, never takes the process down."""
 
+    def with_options(self, options: Any) -> Engine:
+        """Return the engine as its options make it, itself where they change nothing about it.
+
+        For options that change what the engine supports, its fingerprint or its devices, such as the kind of chip to
+        compile for: the engine returned is the one that is asked about all that. ``options`` is an instance of the
+        class ``options``. Must not fail where the values have passed that class's own checks.
+        """
+        return self
+
+    def devices(self) -> Sequence[Device] | None:
+        """Return the devices that belong to this engine alone, as an emulator's do; None for those of its backend."""
+        return None
+
     @abstractmethod
     def fingerprint(self) -> Mapping[str, str]:
         """Return what a program depends on: versions, instruction set, device kind. Only called when usable."""
@@ -253,18 +266,26 @@ class Backend(ABC):
     def devices(self) -> Sequence[Device]:
         """Return the devices at hand; an empty sequence means that programs can be compiled but not run."""
 
-    def groups(self, environ: Mapping[str, str]) -> tuple[Group, ...]:
-        """Return what this process may use of `devices`, cut into groups; by default one pool of them all.
+    def groups(self, environ: Mapping[str, str], devices: Sequence[Device]) -> tuple[Group, ...]:
+        """Return what this process may use of devices, cut into groups; by default one pool of them all.
 
         Sessions take the next free group in this order. `accelrt.cores` has the grammar of the variables that vendors
         use for it.
 
         Args:
             environ: The environment variables, handed in by the core.
+            devices: Those of the backend, or those that belong to the engine that is to run.
 
         Raises:
             OptionError: A variable cannot be read.
             CoresUnavailable: A variable asks for devices that are not there.
         """
-        indices = tuple(device.index for device in self.devices())
+        indices = tuple(device.index for device in devices)
         return (Group(indices),) if indices else ()
+
+    def report(self) -> Mapping[str, Any]:
+        """Return what somebody far away needs to see of this machine to find a fault: JSON, without secrets.
+
+        Written to the file of ``accelrt doctor --report``. May take seconds; a backend has nothing to add by default.
+        """
+        return {}

@@ -24,7 +24,9 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Self
 
 from accelrt import errors
@@ -38,13 +40,26 @@ _LOG_CHARACTERS = 2000
 _NESTED = "ACCELRT_ISOLATED"
 
 
-def call(function: str, *, timeout_s: float = TIMEOUT_S, memory_bytes: int | None = None, **arguments: Any) -> Any:
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+def call(
+    function: str,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    memory_bytes: int | None = None,
+    environment: Mapping[str, str] = _NOTHING,
+    **arguments: Any,
+) -> Any:
     """Call ``module:function`` in a child process and return its result.
+
+    Whatever the function starts is in the child's process group, and is killed with it.
 
     Args:
         function: A function at the top level of an importable module.
         timeout_s: Seconds until the child is killed.
         memory_bytes: Resident bytes at which the child is killed; None for no limit.
+        environment: Variables that must be set before anything is imported; a child with others is replaced.
         arguments: JSON data, passed by name.
 
     Raises:
@@ -53,13 +68,27 @@ def call(function: str, *, timeout_s: float = TIMEOUT_S, memory_bytes: int | Non
         CompileError: The function raised anything else.
     """
     with _LOCK:
-        return _child().call(function, timeout_s=timeout_s, memory_bytes=memory_bytes, **arguments)
+        return _child(environment).call(function, timeout_s=timeout_s, memory_bytes=memory_bytes, **arguments)
+
+
+def restart() -> None:
+    """End the child; the next call starts another, which sees the environment and the import path of that moment."""
+    global _CURRENT
+    with _LOCK:
+        if _CURRENT is not None:
+            _CURRENT.close()
+        _CURRENT = None
 
 
 class Child:
-    """A child process that answers one call at a time; close it, or use it as a context manager."""
+    """A child process that answers one call at a time; close it, or use it as a context manager.
 
-    def __init__(self) -> None:
+    Args:
+        environment: Variables that it has besides those of this process.
+    """
+
+    def __init__(self, environment: Mapping[str, str] = _NOTHING) -> None:
+        self.environment = dict(environment)
         self.owner = os.getpid()
         self._closed = False
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
@@ -74,7 +103,7 @@ class Child:
             stdout=self._log,
             stderr=self._log,
             pass_fds=(request_read, reply_write),
-            env={**os.environ, "PYTHONPATH": path, _NESTED: "1"},
+            env={**os.environ, **environment, "PYTHONPATH": path, _NESTED: "1"},
             process_group=0 if self._leads else None,
         )
         os.close(request_read)
@@ -178,12 +207,14 @@ _LOCK = threading.Lock()
 _CURRENT: Child | None = None
 
 
-def _child() -> Child:
+def _child(environment: Mapping[str, str]) -> Child:
     global _CURRENT
+    if _CURRENT is not None and environment and _CURRENT.environment != environment:
+        _CURRENT.close()
     if _CURRENT is None or not _CURRENT.alive():
         if _CURRENT is not None:
             _CURRENT.close()
-        _CURRENT = Child()
+        _CURRENT = Child(environment)
     return _CURRENT
 
 

@@ -269,20 +269,22 @@ REGISTRY = Registry()
 """The registry of this process."""
 
 
-def devices_of(backend: Backend, wanted: Sequence[int] | None) -> tuple[Device, ...]:
-    """Return the wanted devices of a backend, all of them for None.
+def devices_of(backend: Backend, wanted: Sequence[int] | None, engine: Engine | None = None) -> tuple[Device, ...]:
+    """Return the wanted devices of a backend, or of an engine that has its own; all of them for None.
 
     Raises:
         CoresUnavailable: One of them does not exist.
     """
     from accelrt.errors import CoresUnavailable
 
-    found = {device.index: device for device in backend.devices()}
+    own = None if engine is None else engine.devices()
+    found = {device.index: device for device in (backend.devices() if own is None else own)}
     if wanted is None:
         return tuple(found.values())
     if missing := [index for index in wanted if index not in found]:
+        holder = f"Backend {backend.name!r}" if engine is None or own is None else f"{backend.name}/{engine.name}"
         raise CoresUnavailable(
-            f"Backend {backend.name!r} has no device {missing[0]}; it has {sorted(found) or 'none'}.",
+            f"{holder} has no device {missing[0]}; it has {sorted(found) or 'none'}.",
             backend=backend.name,
         )
     return tuple(found[index] for index in wanted)

@@ -294,6 +294,7 @@ class Verifier:
         backend = REGISTRY.backend(record.backend)
         engine = find_engine(backend, record.engine)
         options = option_module.from_json(engine.options, record.options)
+        engine = engine.with_options(options)
         with tempfile.TemporaryDirectory(prefix="accelrt-") as scratch:
             model, out = Path(scratch) / "part.onnx", Path(scratch) / "out"
             out.mkdir()
@@ -303,7 +304,7 @@ class Verifier:
                 weights.close()
                 job = CompileJob(model, part.signature, precision_named(record.precision), options)
                 program = engine.compile(job, out)
-                with engine.load(program, devices_of(backend, None)) as executable:
+                with engine.load(program, devices_of(backend, None, engine)) as executable:
                     return dict(executable.run({name: feeds[name] for name in part.signature.input_names}))
             except CompileError:
                 return None

@@ -17,6 +17,7 @@ from accelrt.graph.node import Node
 from accelrt.testing.contract import BackendContract, WholeCase
 from accelrt.testing.fake import FakeBackend
 from accelrt_cpu import CpuBackend
+from accelrt_neuron import NeuronBackend
 
 _PLUGIN = Path(__file__).parents[2] / "examples" / "plugin" / "src"
 # Installing it is CI's work; here it is imported from where it lies.
@@ -25,6 +26,7 @@ _plugin = importlib.import_module("accelrt_example_plugin")
 NumpyBackend, NumpyEngine = _plugin.NumpyBackend, _plugin.NumpyEngine
 
 _SDKS = ("onnxruntime", "openvino", "torch", "tensorflow")
+_NEURON_SDKS = (*_SDKS, "onnx", "torch_neuronx", "torch_neuron")
 
 
 class TestOnnxRuntime(BackendContract):
@@ -107,6 +109,33 @@ class TestReference(BackendContract):
     backend_class = CpuBackend
     engine_name: ClassVar[str | None] = "reference"
     sdk_modules = _SDKS
+
+
+class TestNeuronEmulator(BackendContract):
+    """bf16 at every border: two or three operators deep, with outputs near 1."""
+
+    backend_class = NeuronBackend
+    engine_name: ClassVar[str | None] = "emulator"
+    sdk_modules = _NEURON_SDKS
+    batch: ClassVar[int | None] = 2
+    rtol: ClassVar[float] = 3e-2
+    atol: ClassVar[float] = 3e-2
+
+
+class TestTorchNeuronx(BackendContract):
+    """Without the vendor's package: names, options and a status."""
+
+    backend_class = NeuronBackend
+    engine_name: ClassVar[str | None] = "torch-neuronx"
+    sdk_modules = _NEURON_SDKS
+
+
+class TestTorchNeuron(TestTorchNeuronx):
+    engine_name: ClassVar[str | None] = "torch-neuron"
+
+
+class TestTensorFlowNeuron(TestTorchNeuronx):
+    engine_name: ClassVar[str | None] = "tensorflow-neuron"
 
 
 class TestStandIn(BackendContract):

@@ -55,6 +55,7 @@ class BuildRequest:
 
     ``precision`` is what was asked for, ``precisions`` what each candidate computes in: its default if left out.
     ``refine`` improves the cut before its artifact is written.
+    The engines among ``candidates`` are replaced by what their options make of them.
     """
 
     target: str
@@ -69,6 +70,9 @@ class BuildRequest:
         if not self.precisions:
             defaults = tuple(candidate.engine.caps.default_precision for candidate in self.candidates)
             object.__setattr__(self, "precisions", defaults)
+        pairs = zip(self.candidates, self.options.engines, strict=True)
+        made = tuple(replace(one, engine=one.engine.with_options(options)) for one, options in pairs)
+        object.__setattr__(self, "candidates", made)
 
     def key(self, graph: Graph, check: Check | None = None) -> str:
         """Return the name under which the result is cached: model, toolchains, options, format, check, tuning."""

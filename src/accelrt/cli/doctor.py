@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,10 +24,18 @@ def doctor(
     name: Annotated[
         str | None, typer.Argument(help="A backend or engine to check: cpu, cpu/openvino.", show_default=False)
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", help="Write everything the doctor knows to a JSON file, without secrets.", metavar="FILE"
+        ),
+    ] = None,
     as_json: JsonFlag = False,
     traceback: TracebackFlag = False,
 ) -> None:
     """Show every backend and engine: version and devices, or why it is not usable and what to do about it.
+
+    With --report, what is known of all of them also goes to a file, to be sent to somebody who cannot see this machine.
 
     Exits with 1 if the backend or engine asked about is unknown or not usable, or if nothing at all is.
     """
@@ -37,10 +46,18 @@ def doctor(
         found = _inventory()
     chosen = [info for info in found if target is None or info.name == target.backend]
     problem = _problem(target, chosen, found)
+    if report is not None:
+        from accelrt.cli.report import write_report
+
+        with working(as_json):
+            known = {**_surroundings(), "backends": [_to_json(info) for info in found], "problem": problem}
+            write_report(report, known)
     if as_json:
         print_json({**_surroundings(), "backends": [_to_json(info) for info in chosen], "problem": problem})
     else:
         _show(name, chosen, problem)
+        if report is not None:
+            out().print(f"\nThe report is in {report}.", soft_wrap=True)
     if problem:
         raise typer.Exit(FAILED)
 
@@ -66,8 +83,12 @@ def _problem(target: Target | None, chosen: list[BackendInfo], found: tuple[Back
         return f"The backend {info.name!r} cannot be used: {info.reason}"
     if target.engine is not None:
         return _engine_problem(target.engine, info)
-    if not info.usable:
+    usable = [engine for engine in info.engines if engine.status.usable]
+    if not usable:
         return f"No engine of the backend {info.name!r} is usable here."
+    if all(engine.nature == "emulated" for engine in usable):
+        named = ", ".join(f"{info.name}/{engine.name}" for engine in usable)
+        return f"Of the backend {info.name!r} only an emulator is usable here, and it must be named: {named}."
     if missing := sorted(set(target.devices or ()) - {device.index for device in info.devices}):
         return f"The backend {info.name!r} has no device {missing[0]}."
     return None

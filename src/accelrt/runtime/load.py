@@ -122,11 +122,21 @@ def _stale(artifact: Artifact) -> AccelrtError | None:
         status = status_of(engine)
         if not status.usable:
             return unavailable(f"The artifact needs {segment.name}, which is", segment.backend, status)
-        if difference := _difference(segment.fingerprint, engine.fingerprint()):
+        if difference := _difference(segment.fingerprint, _as_compiled(engine, segment).fingerprint()):
             return IncompatibleProgram(
                 f"The program for {segment.name} was compiled for {difference}.", backend=segment.backend
             )
     return None
+
+
+def _as_compiled(engine: Engine, segment: SegmentRecord) -> Engine:
+    """Return the engine as the options of a segment's program make it."""
+    return engine.with_options(option_module.from_json(engine.options, segment.options))
+
+
+def _engine_of(segment: SegmentRecord) -> Engine:
+    """Return the engine that runs a segment, as the options of its program make it."""
+    return _as_compiled(find_engine(REGISTRY.backend(segment.backend), segment.engine), segment)
 
 
 def _difference(compiled: Mapping[str, str], present: Mapping[str, str]) -> str:
@@ -265,15 +275,15 @@ class _Loader:
         needs = []
         for segment in self.artifact.manifest.segments:
             if segment.backend == self.target.backend:
-                engine = find_engine(REGISTRY.backend(segment.backend), segment.engine)
-                needs.append(engine.devices_needed(_options(engine, segment)))
+                needs.append(_engine_of(segment).devices_needed(_options(_engine_of(segment), segment)))
         if not needs:
             return (Spot((), ()),) * (self.asked.replicas or 1)
         backend = REGISTRY.backend(self.target.backend)
         named = self.asked.groups
         if named is None and self.target.devices is not None:
             named = (Group(self.target.devices),)
-        groups = backend.groups(os.environ)
+        holder, devices = self._pool()
+        groups = backend.groups(os.environ, devices)
         if not groups:
             raise CoresUnavailable(f"Backend {backend.name!r} has no device here.", backend=backend.name)
 
@@ -288,12 +298,21 @@ class _Loader:
                 backend=backend.name,
             )
 
-        hold = LEDGER.acquire(backend.name, f"session {next(_NUMBERS)} ({self.target})", choose)
+        hold = LEDGER.acquire(holder, f"session {next(_NUMBERS)} ({self.target})", choose)
         stack.callback(hold.release)
         return hold.spots
 
+    def _pool(self) -> tuple[str, tuple[Device, ...]]:
+        """Return the devices for replicas, and the name under which they are held; an engine may have its own."""
+        backend = REGISTRY.backend(self.target.backend)
+        for segment in self.artifact.manifest.segments:
+            if segment.backend == backend.name and (own := _engine_of(segment).devices()) is not None:
+                return f"{segment.name} {own[0].description if own else ''}", tuple(own)
+        return backend.name, devices_of(backend, None)
+
     def _devices(self, spot: Spot) -> tuple[Device, ...]:
-        return devices_of(REGISTRY.backend(self.target.backend), spot.devices) if spot.devices else ()
+        found = {device.index: device for device in self._pool()[1]} if spot.devices else {}
+        return tuple(found[index] for index in spot.devices)
 
     def _replica(
         self,
@@ -314,7 +333,7 @@ class _Loader:
         steps, calls = [], 1
         for segment, stand_in in zip(self.artifact.manifest.segments, stand_ins, strict=True):
             backend = REGISTRY.backend(segment.backend)
-            engine = find_engine(backend, segment.engine)
+            engine = _engine_of(segment)
             ours = segment.backend == self.target.backend
             lock = None if engine.caps.concurrent else threading.Lock()
             ports = segment.signature

@@ -53,7 +53,7 @@ from accelrt.graph.node import WEIGHTS_FILE, Node
 from accelrt.graph.types import Signature
 from accelrt.graph.weights import WeightFile
 from accelrt.options import from_json
-from accelrt.registry import REGISTRY, find_engine, takes_whole
+from accelrt.registry import REGISTRY, devices_of, find_engine, takes_whole
 from accelrt.runtime.session import Session
 from accelrt.sources import SourceOptions, SourceRequest, whole_source
 from accelrt.target import Target, parse
@@ -109,6 +109,7 @@ class BackendContract:
         backend_class: The backend under test. It is registered for the tests if it is not installed.
         engine_name: The engine under test; None for the first.
         sdk_modules: Top-level modules of the vendor that importing the backend must not import.
+        batch: The size of every open dimension of the models; None leaves them open. For engines of static shapes.
         rtol, atol: How far answers may be from those of the CPU; wider for engines that compute in less than fp32.
         whole_models: For an engine that takes sources whole: functions that build ``mlp``, a model of float tensors
             with an open batch, and ``views``, which takes ``x`` and returns it as ``y`` in another shape. Both must
@@ -119,6 +120,7 @@ class BackendContract:
     backend_class: ClassVar[type[Backend]]
     engine_name: ClassVar[str | None] = None
     sdk_modules: ClassVar[Sequence[str]] = ()
+    batch: ClassVar[int | None] = None
     rtol: ClassVar[float] = 1e-3
     atol: ClassVar[float] = 1e-4
     whole_models: ClassVar[Mapping[str, Callable[[], WholeCase]]] = {}
@@ -163,9 +165,9 @@ class BackendContract:
         return engine
 
     @pytest.fixture
-    def devices(self, backend: Backend) -> Sequence[Device]:
+    def devices(self, backend: Backend, engine: Engine) -> Sequence[Device]:
         """The devices, if there are any to run on."""
-        devices = backend.devices()
+        devices = devices_of(backend, None, engine)
         if not devices:
             pytest.skip(f"backend {backend.name} has no device here")
         return devices
@@ -231,14 +233,23 @@ class BackendContract:
 
     def something_supported(self, engine: Engine) -> Graph:
         """Return the longest start of a perceptron that the engine takes, else a node of any model that it takes."""
-        for build in MODELS.values():
-            graph = load_graph(build())
+        for name in MODELS:
+            graph = load_graph(self.build(name))
             verdicts = engine.supports_all(graph.nodes, engine.caps.default_precision)
             start = [index for index, _ in takewhile(lambda pair: pair[1].supported, enumerate(verdicts))]
             single = [index for index, verdict in enumerate(verdicts) if verdict.supported][:1]
             if start or single:
                 return graph.extract(start or single)
         pytest.skip(f"{engine.name} takes no node of {', '.join(MODELS)}")
+
+    def build(self, name: str) -> onnx.ModelProto:
+        """Return one of `MODELS`, with the sizes that the engine under test needs to know."""
+        model = MODELS[name]()
+        for value in (*model.graph.input, *model.graph.output):
+            for dim in value.type.tensor_type.shape.dim:
+                if self.batch is not None and not dim.HasField("dim_value"):
+                    dim.dim_value = self.batch
+        return model
 
     def close_to(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         """Fail unless outputs are named, typed, shaped and valued as the oracle's are."""
@@ -281,7 +292,7 @@ class BackendContract:
 
     def test_groups_are_cut_from_the_devices(self, backend: Backend) -> None:
         indices = {device.index for device in backend.devices()}
-        grouped = [index for group in backend.groups({}) for index in group.devices]
+        grouped = [index for group in backend.groups({}, backend.devices()) for index in group.devices]
         assert set(grouped) <= indices
         assert len(set(grouped)) == len(grouped)
         assert bool(grouped) == bool(indices)
@@ -306,6 +317,19 @@ class BackendContract:
         assert engine.options.__dataclass_params__.frozen  # type: ignore[attr-defined]
         assert from_json(engine.options, json.loads(json.dumps(asdict(options)))) == options
 
+    def test_default_options_make_the_same_engine(self, usable: Engine) -> None:
+        made = usable.with_options(usable.options())
+        assert made.name == usable.name
+        assert made.fingerprint() == usable.fingerprint()
+        assert made.with_options(usable.options()).fingerprint() == usable.fingerprint()
+
+    def test_devices_of_an_engines_own_belong_to_its_backend(self, backend: Backend, engine: Engine) -> None:
+        own = engine.devices()
+        assert own is None or own == engine.devices()
+        indices = [device.index for device in own or ()]
+        assert len(set(indices)) == len(indices)
+        assert {device.backend for device in own or ()} <= {backend.name}
+
     def test_import_brings_in_no_sdk(self) -> None:
         code = (
             "import importlib, sys; importlib.import_module(sys.argv[1]); "
@@ -326,7 +350,7 @@ class BackendContract:
 
     @pytest.mark.parametrize("model", MODELS)
     def test_verdicts_are_the_same_each_time_and_all_at_once(self, usable: Engine, model: str) -> None:
-        nodes = load_graph(MODELS[model]()).nodes
+        nodes = load_graph(self.build(model)).nodes
         precision = usable.caps.default_precision
         together = usable.supports_all(nodes, precision)
         assert usable.supports_all(nodes, precision) == together
@@ -339,11 +363,11 @@ class BackendContract:
 
     def test_every_precision_gets_a_verdict(self, usable: Engine) -> None:
         for precision in PRECISIONS:
-            for verdict in usable.supports_all(load_graph(mlp()).nodes, precision):
+            for verdict in usable.supports_all(load_graph(self.build("mlp")).nodes, precision):
                 assert verdict.supported or verdict.reason
 
     def test_an_operator_nobody_knows_is_refused(self, usable: Engine) -> None:
-        node = load_graph(mlp()).nodes[0]
+        node = load_graph(self.build("mlp")).nodes[0]
         stranger = _stranger(node)
         verdict = usable.supports(stranger, usable.caps.default_precision)
         assert not verdict.supported
@@ -392,7 +416,7 @@ class BackendContract:
     ) -> None:
         if takes_whole(find_engine(REGISTRY.backend(target.partition("/")[0]), target.partition("/")[2])):
             pytest.skip("it takes models whole, not as ONNX")
-        proto = MODELS[model]()
+        proto = self.build(model)
         artifact = accelrt.compile(proto, target, fallback="allow")
         path = artifact.save(tmp_path / "model.accel")
         with (
@@ -455,7 +479,7 @@ class BackendContract:
         engine = find_engine(backend, target.partition("/")[2])
         if takes_whole(engine):
             pytest.skip("it takes models whole: there are no nodes to refuse")
-        proto = mixed()
+        proto = self.build("mixed")
         nodes = load_graph(proto).nodes
         verdicts = engine.supports_all(nodes, engine.caps.default_precision)
         refused = {n.name: v.reason for n, v in zip(nodes, verdicts, strict=True) if not v.supported}
@@ -482,7 +506,7 @@ class BackendContract:
 
     def perceptron(self, target: str) -> Artifact:
         """Return the perceptron compiled for the engine under test."""
-        return self.compiled("mlp", mlp, target)
+        return self.compiled("mlp", lambda: self.build("mlp"), target)
 
     def test_calls_from_several_threads_get_their_own_answers(self, session: Session) -> None:
         calls = [draw(session.signature, 1 + number % 3, seed=number) for number in range(24)]

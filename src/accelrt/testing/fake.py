@@ -222,9 +222,9 @@ class FakeBackend(Backend):
             Device(self.name, index, "stand-in", config.memory_bytes, facts) for index in range(config.devices)
         )
 
-    def groups(self, environ: Mapping[str, str]) -> tuple[Group, ...]:
+    def groups(self, environ: Mapping[str, str], devices: Sequence[Device]) -> tuple[Group, ...]:
         if not self.config.neuron_variables:
-            return super().groups(environ)
+            return super().groups(environ, devices)
         return core_groups(environ, visible_cores(environ, self.config.devices))
 
     @classmethod

@@ -1,0 +1,3 @@
+"""A stand-in for the XLA plug-in."""
+
+__version__ = "2.2.12677.0"
