@@ -14,6 +14,7 @@ SAID = {
     "quickstart.py": ["448 of 450 digits right", "p50"],
     "swap_backends.py": ["ACCELRT_BACKEND=cpu/reference", "outputs agree"],
     "read_placement.py": ["As text:", "As data:", "4 nodes left toy/fake", 'With fallback="error":'],
+    "choose_automatically.py": ["Candidates for least latency", "CHOSEN", "the first digit is a"],
     "precision_table.py": [
         "cpu/onnxruntime   fp32",
         "cpu/onnxruntime   int8",
