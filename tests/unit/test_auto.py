@@ -227,7 +227,7 @@ def _faster(table: CandidateTable, target: str) -> CandidateTable:
     return replace(
         table,
         rows=tuple(
-            replace(row, measurement=replace(row.measured, median_s=row.measured.median_s / 1000))
+            replace(row, measurement=replace(row.measured, median_s=row.measured.median_s / 1000, final=True))
             if row.measurement and (row.setup.target, row.setup.precision) == (target, "fp32")
             else row
             for row in table.rows
