@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from accelrt.artifact.candidates import CandidateRow, CandidateTable, Measurement, Setup
 from accelrt.errors import NoCandidate, OptionError
 from accelrt.tune.goal import INDISTINGUISHABLE, Goal
-from accelrt.tune.search import FINALISTS, WORTH_VARYING, Contender, Recorded, search
+from accelrt.tune.search import FINALISTS, WORTH_VARYING, Contender, choose_recorded, search
 
 QUIET = lambda *_: None  # noqa: E731
 
@@ -44,7 +44,8 @@ class MadeUp:
 
     def final(self, setups: Sequence[Setup]) -> list[Measurement | str]:
         assert {str(setup) for setup in setups} <= self.kept, "a finalist was let go"
-        return [self.finals.get(str(setup), self.answers[str(setup)]) for setup in setups]
+        found = [self.finals.get(str(setup), self.answers[str(setup)]) for setup in setups]
+        return [one if isinstance(one, str) else dataclasses.replace(one, final=True) for one in found]
 
 
 def setup(name: str, precision: str = "fp32", **options: int) -> Setup:
@@ -188,7 +189,8 @@ def test_equal_figures_give_equal_choices(
     table = CandidateTable(goal.objective, 99.0, budget, 0.01, "fp32 on cpu/onnxruntime", {"cpu:0": "a CPU"}, rows)
     again = CandidateTable.from_json(table.to_json())
     assert again == table
-    assert search(contenders, goal, Recorded(again.rows), QUIET)[0].setup == chosen.setup
+    assert search(contenders, goal, MadeUp(answers), QUIET) == rows
+    assert choose_recorded(contenders, goal, again.rows) == rows
     assert table.chosen.setup == chosen.setup
     assert len(table.rejected) == len(rows) - 1
     assert "CHOSEN" in table.text()
@@ -196,8 +198,23 @@ def test_equal_figures_give_equal_choices(
 
 def test_a_profile_knows_what_it_knows() -> None:
     row = CandidateRow(setup("a"), "chosen", "least latency", error=0.0, measurement=measured(0.01))
-    bench = Recorded(
-        [row, dataclasses.replace(row, setup=setup("b"), status="rejected", reason="killed", measurement=None)]
-    )
-    rows = search([Contender(setup(name)) for name in "abc"], Goal(), bench, QUIET)
-    assert [row.reason for row in rows] == ["least latency", "killed", "not in the recorded profile"]
+    faster = dataclasses.replace(row, setup=setup("gone"), status="rejected", measurement=measured(0.001))
+    killed = dataclasses.replace(row, setup=setup("b"), status="rejected", reason="killed", measurement=None)
+    contenders = [*(Contender(setup(name)) for name in "abc"), Contender(setup("d"), excluded="no device")]
+    rows = choose_recorded(contenders, Goal(), [faster, row, killed])
+    assert [(row.setup.target, row.reason) for row in rows] == [
+        ("cpu/a", "least latency"),
+        ("cpu/gone", "cannot be tried here"),
+        ("cpu/b", "killed"),
+        ("cpu/c", "not in the recorded profile"),
+        ("cpu/d", "no device"),
+    ]
+    with pytest.raises(NoCandidate, match="exceeds the budget"):
+        choose_recorded(contenders, Goal(latency_budget_s=0.001), [row])
+
+
+def test_a_first_measurement_does_not_beat_a_final() -> None:
+    lucky = CandidateRow(setup("lucky"), "rejected", "", measurement=measured(0.009))
+    sure = CandidateRow(setup("sure"), "chosen", "", measurement=dataclasses.replace(measured(0.010), final=True))
+    rows = choose_recorded([Contender(setup("lucky")), Contender(setup("sure"))], Goal(), [lucky, sure])
+    assert rows[0].setup == setup("sure")

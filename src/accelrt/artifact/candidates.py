@@ -58,6 +58,7 @@ class Measurement:
         memory_bytes: Peak resident bytes of a process that loads and runs the model, the interpreter included.
         spread: By how much the medians of the last windows differ, as a share of the least.
         stable: Whether the windows agreed, and there were enough calls for the percentile, before time was up.
+        final: Whether it took turns with others near the best; the first, short measurement decides that alone.
     """
 
     n: int
@@ -67,6 +68,7 @@ class Measurement:
     memory_bytes: int
     spread: float
     stable: bool
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +248,8 @@ def _row(data: Mapping[str, Any]) -> CandidateRow:
 def _measurement(data: Mapping[str, Any]) -> Measurement:
     if unknown := set(data) - {known.name for known in fields(Measurement)}:
         raise ValueError(f"{unknown!r} are no figures of a measurement")
-    if not isinstance(data["stable"], bool):
-        raise TypeError(f"{data['stable']!r} is not true or false")
+    if not isinstance(data["stable"], bool) or not isinstance(data["final"], bool):
+        raise TypeError(f"{data['stable']!r} or {data['final']!r} is not true or false")
     return Measurement(
         _whole(data["n"]),
         _number(data["median_s"]),
@@ -256,6 +258,7 @@ def _measurement(data: Mapping[str, Any]) -> Measurement:
         _whole(data["memory_bytes"]),
         _number(data["spread"]),
         data["stable"],
+        data["final"],
     )
 
 

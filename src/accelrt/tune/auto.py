@@ -33,7 +33,7 @@ from accelrt.registry import REGISTRY, Candidate, takes_whole
 from accelrt.target import parse
 from accelrt.tune.goal import Goal
 from accelrt.tune.machine import fingerprint, hidden_backends, machine, registered_classes
-from accelrt.tune.search import Contender, Recorded, search
+from accelrt.tune.search import Contender, choose_recorded, search
 from accelrt.tune.space import Space, engine_options
 from accelrt.tune.values import write_values
 from accelrt.tune.workbench import Job, TuneOptions, Workbench
@@ -200,18 +200,18 @@ def _tune(
         if request.profile is None:
             table = search(contenders, request.goal, bench, say)
         else:
-            table = _from_profile(contenders, request, bench, request.profile, say)
+            table = _from_profile(contenders, request, bench, request.profile)
         winner = table[0].setup
         return _finished(bench, winner, _table(request, verifier, bench, winner, table))
 
 
 def _from_profile(
-    contenders: Sequence[Contender], request: AutoRequest, bench: Workbench, profile: CandidateTable, say: Progress
+    contenders: Sequence[Contender], request: AutoRequest, bench: Workbench, profile: CandidateTable
 ) -> tuple[CandidateRow, ...]:
     """Choose by recorded figures; the winner must still compile and be verified here, else the next one is taken."""
     recorded = list(profile.rows)
     while True:
-        table = search(contenders, request.goal, Recorded(recorded), say)
+        table = choose_recorded(contenders, request.goal, recorded)
         found = bench.compile(table[0].setup)
         if not found.reason:
             first = replace(table[0], error=found.error, compile_s=found.compile_s, size_bytes=found.size_bytes)

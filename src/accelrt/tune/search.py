@@ -90,15 +90,24 @@ def search(contenders: Sequence[Contender], goal: Goal, bench: Bench, say: Say) 
     eligible = [r for r in tried if str(r.setup) in finals and r.measurement and not goal.excess(r.measurement)]
     if not eligible:
         raise _none(rows, tried, goal)
-    chosen = goal.choose(eligible)
-    say(f"chose {chosen.setup}", total, total)
+    say(f"chose {goal.choose(eligible).setup}", total, total)
+    return _ordered(goal.choose(eligible), eligible, tried, rows, goal)
+
+
+def _ordered(
+    chosen: CandidateRow,
+    eligible: Sequence[CandidateRow],
+    tried: Sequence[CandidateRow],
+    others: Sequence[CandidateRow],
+    goal: Goal,
+) -> tuple[CandidateRow, ...]:
+    """Return the rows of a table, each with its reason."""
     measured = sorted((r for r in tried if r.measurement and r is not chosen), key=lambda r: goal.cost(r.measured))
-    failed = [row for row in tried if row.measurement is None]
     return (
         replace(chosen, status="chosen", reason=_praise(chosen, eligible, goal)),
         *(replace(row, reason=_verdict(row, chosen, goal)) for row in measured),
-        *failed,
-        *rows,
+        *(row for row in tried if row.measurement is None),
+        *others,
     )
 
 
@@ -179,26 +188,37 @@ def _figure(row: CandidateRow, goal: Goal) -> str:
             return f"{measured.memory_bytes / 1e6:.0f} MB"
 
 
-class Recorded:
-    """A bench that measures nothing: it answers from a table of earlier trials.
+def choose_recorded(
+    contenders: Sequence[Contender], goal: Goal, recorded: Sequence[CandidateRow]
+) -> tuple[CandidateRow, ...]:
+    """Choose among set-ups that were tried earlier, by their figures; the same figures give the same choice.
 
-    Args:
-        rows: What was seen then.
+    Returns:
+        The rows of the table, as `search` does; what is not recorded, and what cannot be tried here, says so.
+
+    Raises:
+        NoCandidate: None that can be tried here was verified and is within the budget.
     """
+    excluded = {str(contender.base): contender.excluded for contender in contenders if contender.excluded is not None}
+    here = {str(s) for c in contenders if c.excluded is None for s in (c.base, *c.variants)}
+    known = {str(row.setup) for row in recorded}
+    new = [replace(_excluded(c), reason=c.excluded or _UNKNOWN) for c in contenders if str(c.base) not in known]
+    rows = [_as_tried(row, str(row.setup) in here, excluded.get(str(row.setup))) for row in recorded]
+    measured = [row for row in rows if row.measurement is not None]
+    eligible = [row for row in measured if goal.excess(row.measured) is None]
+    finalists = [row for row in eligible if row.measured.final] or eligible
+    if not finalists:
+        raise _none(new, rows, goal)
+    return _ordered(goal.choose(finalists), finalists, rows, new, goal)
 
-    def __init__(self, rows: Sequence[CandidateRow]) -> None:
-        self._rows = {str(row.setup): row for row in rows}
 
-    def try_out(self, setup: Setup) -> CandidateRow:
-        """Return the recorded row."""
-        row = self._rows.get(str(setup))
-        if row is None:
-            return CandidateRow(setup, "rejected", "not in the recorded profile")
-        return replace(row, status="rejected", reason="" if row.measurement is not None else row.reason)
+_UNKNOWN = "not in the recorded profile"
 
-    def keep(self, setups: Sequence[Setup]) -> None:
-        """Do nothing: nothing is held."""
 
-    def final(self, setups: Sequence[Setup]) -> list[Measurement | str]:
-        """Return the recorded measurements."""
-        return [self._rows[str(setup)].measured for setup in setups]
+def _as_tried(row: CandidateRow, here: bool, excluded: str | None) -> CandidateRow:
+    """Return a recorded row as it would be if it had just been tried here."""
+    if row.measurement is None:
+        return replace(row, status="rejected")
+    if here:
+        return replace(row, status="rejected", reason="")
+    return replace(row, status="rejected", reason=excluded or "cannot be tried here", measurement=None)

@@ -245,7 +245,9 @@ class Workbench:
                     self._drop(str(setup))
             turn += 1
         return [
-            failed[name] if name in failed else found.summary(self._goal, enough=self._enough(found))
+            failed[name]
+            if name in failed
+            else replace(found.summary(self._goal, enough=self._enough(found)), final=True)
             for name, found in samples.items()
         ]
 
