@@ -25,6 +25,7 @@ import onnx
 from measure import Row, report, rows
 
 import accelrt
+from accelrt.errors import IsolatedError
 from accelrt.isolation import Child
 from accelrt.testing.models import bert_base, densenet121, resnet50
 
@@ -89,17 +90,23 @@ def _one(
             contestants[f"torch {way} {precision}"] = "torch", {"model": str(path), "way": way, "precision": precision}
     children: dict[str, Child] = {}
     outputs: dict[str, list[Any]] = {}
+    crashed: dict[str, str] = {}
     for number, (label, (how, arguments)) in enumerate(contestants.items()):
         children[label] = stack.enter_context(Child())
         kept = folder / f"outputs-{number}.npz"
         feeds = str(folder / "inputs.npz")
-        children[label].call(f"auto_contestants:{how}", inputs=feeds, outputs=str(kept), **arguments)
+        try:
+            children[label].call(f"auto_contestants:{how}", inputs=feeds, outputs=str(kept), **arguments)
+        except IsolatedError as error:  # it is told, and takes no part
+            crashed[label] = error.message
+            print(f"{label}: {error.message}", flush=True)
+            continue
         with np.load(kept) as arrays:
             outputs[label] = [arrays[key] for key in arrays.files]
     base = "onnxruntime fp32"
     errors = {label: _error(found, outputs[base]) for label, found in outputs.items()}
-    samples: dict[str, list[float]] = {label: [] for label in contestants}
-    names = list(contestants)
+    samples: dict[str, list[float]] = {label: [] for label in outputs}
+    names = list(outputs)
     for turn in range(TURNS):
         for label in names[turn % len(names) :] + names[: turn % len(names)]:
             samples[label] += children[label].call("auto_contestants:time_calls", calls=CALLS)
@@ -121,7 +128,7 @@ def _one(
         and errors[tight] <= TIGHT,
         f"{name}: the second auto takes {slowest * 1e3:.1f} ms (at most {SECOND_S * 1e3:g})": slowest <= SECOND_S,
     }
-    return found, claims, {"relative_l2": errors, "chosen": chosen, "second_s": seconds}
+    return found, claims, {"relative_l2": errors, "chosen": chosen, "second_s": seconds, "crashed": crashed}
 
 
 def _write(artifact: accelrt.Artifact, path: Path) -> None:

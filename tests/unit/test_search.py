@@ -18,7 +18,7 @@ QUIET = lambda *_: None  # noqa: E731
 
 
 def measured(median_s: float, percentile_s: float | None = None, memory: int = 1 << 20) -> Measurement:
-    return Measurement(100, median_s, percentile_s or median_s * 1.2, 1 / median_s, memory, 0.01, True)
+    return Measurement(100, median_s, percentile_s or median_s * 1.2, 1 / median_s, memory, 0.01, median_s, True)
 
 
 class MadeUp:
@@ -103,6 +103,13 @@ def test_the_final_decides_and_may_lose_somebody() -> None:
     assert rows[1].measurement is None
 
 
+def test_who_met_a_busy_machine_is_not_out_of_the_final() -> None:
+    calm, unlucky = setup("calm"), setup("unlucky")
+    first = {str(calm): measured(0.010), str(unlucky): dataclasses.replace(measured(0.016), spread=0.6, best_s=0.009)}
+    bench = MadeUp(first, {str(unlucky): measured(0.008)})  # type: ignore[arg-type]
+    assert search([Contender(calm), Contender(unlucky)], Goal(), bench, QUIET)[0].setup == unlucky
+
+
 def test_a_budget_comes_before_speed() -> None:
     steady, quick = setup("steady"), setup("quick")
     bench = MadeUp({str(steady): measured(0.010, 0.011), str(quick): measured(0.005, 0.050)})
@@ -125,9 +132,9 @@ def test_nobody_left_is_an_error_with_all_reasons() -> None:
 )
 def test_objectives(objective: str, winner: str) -> None:
     answers = {
-        str(setup("quick")): Measurement(100, 0.004, 0.005, 250, 300 << 20, 0.0, True),
-        str(setup("wide")): Measurement(100, 0.010, 0.012, 400, 300 << 20, 0.0, True),
-        str(setup("small")): Measurement(100, 0.009, 0.012, 110, 100 << 20, 0.0, True),
+        str(setup("quick")): Measurement(100, 0.004, 0.005, 250, 300 << 20, 0.0, 0.004, True),
+        str(setup("wide")): Measurement(100, 0.010, 0.012, 400, 300 << 20, 0.0, 0.010, True),
+        str(setup("small")): Measurement(100, 0.009, 0.012, 110, 100 << 20, 0.0, 0.009, True),
     }
     contenders = [Contender(setup(name)) for name in ("quick", "wide", "small")]
     assert search(contenders, Goal(objective), MadeUp(answers), QUIET)[0].setup.target == winner  # type: ignore[arg-type]

@@ -57,6 +57,7 @@ class Measurement:
         rows_per_s: Rows a second of all calls in flight together; calls a second where a model has no batch.
         memory_bytes: Peak resident bytes of a process that loads and runs the model, the interpreter included.
         spread: By how much the medians of the last windows differ, as a share of the least.
+        best_s: The least median of a window: what a machine that is busy with other things leaves nearly alone.
         stable: Whether the windows agreed, and there were enough calls for the percentile, before time was up.
         final: Whether it took turns with others near the best; the first, short measurement decides that alone.
     """
@@ -67,6 +68,7 @@ class Measurement:
     rows_per_s: float
     memory_bytes: int
     spread: float
+    best_s: float
     stable: bool
     final: bool = False
 
@@ -257,6 +259,7 @@ def _measurement(data: Mapping[str, Any]) -> Measurement:
         _number(data["rows_per_s"]),
         _whole(data["memory_bytes"]),
         _number(data["spread"]),
+        _number(data["best_s"]),
         data["stable"],
         data["final"],
     )

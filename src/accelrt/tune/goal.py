@@ -59,6 +59,12 @@ class Goal:
             case _:
                 return float(measured.memory_bytes)
 
+    def hope(self, measured: Measurement) -> float:
+        """Return what the cost may be on a quiet machine: a short measurement may have met a busy one."""
+        if self.objective == "memory":
+            return self.cost(measured)
+        return self.cost(measured) * min(1.0, measured.best_s / measured.median_s)
+
     def excess(self, measured: Measurement) -> str | None:
         """Return how a candidate exceeds the budget, None if it does not."""
         if self.latency_budget_s is None or measured.percentile_s <= self.latency_budget_s:

@@ -21,7 +21,7 @@ WORTH_VARYING = 1.5
 FINAL = 1.25
 """How far from the best, in the first short measurement, a set-up may be to take part in the final."""
 
-FINALISTS = 4
+FINALISTS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,8 @@ def search(contenders: Sequence[Contender], goal: Goal, bench: Bench, say: Say) 
     bases = [(contender, attempt(contender.base)) for contender in open_]
     best = _best(tried, goal)
     if best is not None:
-        limit = goal.cost(best.measured) * WORTH_VARYING
-        worth = [c for c, row in bases if row.measurement is not None and goal.cost(row.measurement) <= limit]
+        limit = goal.hope(best.measured) * WORTH_VARYING
+        worth = [c for c, row in bases if row.measurement is not None and goal.hope(row.measurement) <= limit]
         variants = [setup for contender in worth for setup in contender.variants]
         total += len(variants)
         for setup in variants:
@@ -120,7 +120,7 @@ def _best(rows: Sequence[CandidateRow], goal: Goal) -> CandidateRow | None:
     measured = [row for row in rows if row.measurement is not None]
     return min(
         measured,
-        key=lambda r: (goal.excess(r.measured) is not None, goal.cost(r.measured)),
+        key=lambda r: (goal.excess(r.measured) is not None, goal.hope(r.measured)),
         default=None,
     )
 
@@ -134,10 +134,10 @@ def _front(rows: Sequence[CandidateRow], goal: Goal) -> list[CandidateRow]:
         row
         for row in rows
         if row.measurement is not None
-        and goal.cost(row.measurement) <= goal.cost(best.measured) * FINAL
+        and goal.hope(row.measurement) <= goal.hope(best.measured) * FINAL
         and (goal.excess(row.measurement) is None) == within
     ]
-    return sorted(near, key=lambda row: goal.cost(row.measured))[:FINALISTS]
+    return sorted(near, key=lambda row: goal.hope(row.measured))[:FINALISTS]
 
 
 def _after_final(row: CandidateRow, found: Measurement | str | None) -> CandidateRow:

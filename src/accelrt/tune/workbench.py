@@ -117,6 +117,7 @@ class _Samples:
             len(times) * self.rows / (self.elapsed / 1e9),
             self.memory,
             self.spread,
+            min(self.medians) / 1e9,
             enough,
         )
 
