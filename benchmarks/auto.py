@@ -25,7 +25,7 @@ import onnx
 from measure import Row, report, rows
 
 import accelrt
-from accelrt.errors import IsolatedError
+from accelrt.errors import AccelrtError
 from accelrt.isolation import Child
 from accelrt.testing.models import bert_base, densenet121, resnet50
 
@@ -97,7 +97,7 @@ def _one(
         feeds = str(folder / "inputs.npz")
         try:
             children[label].call(f"auto_contestants:{how}", inputs=feeds, outputs=str(kept), **arguments)
-        except IsolatedError as error:  # it is told, and takes no part
+        except AccelrtError as error:  # it is told, and takes no part
             crashed[label] = error.message
             print(f"{label}: {error.message}", flush=True)
             continue
