@@ -36,6 +36,8 @@ def compile(
     precision: Precision | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
     verify: Verify = None,
+    batch: int | Sequence[int] | None = None,
+    cores: int | None = None,
     cache: bool = True,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -61,6 +63,10 @@ def compile(
         verify: Hold the outputs against those of float32 on onnxruntime before the artifact is returned: True draws
             inputs, a mapping is one call, an iterable several, a `Verification` says more. The figures are in the
             artifact's ``verification``.
+        batch: Batch sizes to specialise the model to, such as ``(1, 8)``; the session then takes any number of rows, in
+            the runs of these sizes that pad least. Only for models whose rows are proved to be independent.
+        cores: Cut the model into so many stages of even work, one core each; ``submit`` and ``map`` keep all of them
+            busy.
         cache: Look the result up in the compile cache, and put it there.
         progress: Called with what is being done, how much of it is done, and how much there is.
 
@@ -74,10 +80,11 @@ def compile(
         UnsupportedNodes: ``fallback="error"`` and a node would leave the requested engine.
         CompileError: A node that nothing here can run.
         VerificationError: An output is out of tolerance.
+        BatchError: ``batch`` for a model whose rows are not proved to be independent; says where they may meet.
         CalibrationError: A calibration set that is empty, does not fit, or holds NaN.
         InputError: Inputs for ``verify`` or of ``example_inputs`` that do not fit.
     """
-    from accelrt.artifact.build import BuildRequest, build
+    from accelrt.artifact.build import BuildRequest, batch_sizes, build, stage_plan
     from accelrt.precision.plan import plan, precision_named
     from accelrt.runtime.inputs import check_examples
     from accelrt.sources import SourceRequest, open_source
@@ -101,7 +108,9 @@ def compile(
         if (wanted := as_verification(verify)) is not None:
             check = Verifier(source.graph, wanted, cache=cache).check()
     graph = _quantised(source.graph, calibration, progress) if asked == "int8" else source.graph
-    request = BuildRequest(str(target), candidates, resolved, source.format, asked, precisions)
+    request = BuildRequest(
+        str(target), candidates, resolved, source.format, asked, precisions, batch_sizes(batch), stage_plan(cores)
+    )
     return build(graph, request, fallback=policy, cache=cache, progress=progress, check=check)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,8 @@ class SegmentPlace:
 
     ``weight_bytes`` counts the weights its nodes read. ``bytes_in`` and ``bytes_out`` count what crosses from and to
     other segments on each run, None where a dimension is open. ``nature`` says whether the engine is real,
-    emulated or a stand-in.
+    emulated or a stand-in. ``batch`` is the batch size it is specialised to, None for any; ``stage`` the stage of the
+    pipeline it belongs to, None if there is no pipeline.
     """
 
     engine: str
@@ -54,6 +55,8 @@ class SegmentPlace:
     weight_bytes: int
     bytes_in: int | None
     bytes_out: int | None
+    batch: int | None = None
+    stage: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,10 @@ class Placement:
         data = asdict(self)
         if self.precision is None:
             del data["precision"]
+        for segment in data["segments"]:
+            for key in ("batch", "stage"):
+                if segment[key] is None:
+                    del segment[key]
         return data
 
     @classmethod
@@ -131,9 +138,14 @@ class Placement:
         total = sum(self.nodes_by_engine.values())
         # Names come from models and hold brackets, which rich would take for markup: `Text` keeps it from that.
         asked = "" if self.precision is None else f" in {self.precision}"
-        title = Text(f"{self.target}{asked}: {_count(total, 'node')} in {_count(len(self.segments), 'segment')}")
+        sizes = list(dict.fromkeys(str(segment.batch) for segment in self.segments if segment.batch is not None))
+        counted = f" for batch sizes {', '.join(sizes)}" if sizes else ""
+        title = Text(
+            f"{self.target}{asked}: {_count(total, 'node')} in {_count(len(self.segments), 'segment')}{counted}"
+        )
         table = Table(title=title, title_justify="left")
-        for heading in ("#", "engine", "precision"):
+        kinds = [k for k in ("batch", "stage") if any(getattr(segment, k) is not None for segment in self.segments)]
+        for heading in ("#", *kinds, "engine", "precision"):
             table.add_column(heading, no_wrap=True)
         for heading in ("nodes", "weights", "in", "out"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -141,6 +153,7 @@ class Placement:
         for index, segment in enumerate(self.segments):
             table.add_row(
                 str(index),
+                *(str(getattr(segment, kind)) for kind in kinds),
                 Text(
                     segment.engine + mark_of(segment.nature),
                     style="" if self._as_asked(segment) else "yellow",
@@ -206,7 +219,7 @@ def _segment(data: Mapping[str, Any]) -> SegmentPlace:
         nature,
         tuple(NodePlace(*_texts(node, "name", "kind")) for node in data["nodes"]),
         _size(data["weight_bytes"]),
-        *(None if data[key] is None else _size(data[key]) for key in ("bytes_in", "bytes_out")),
+        *(None if data.get(key) is None else _size(data[key]) for key in ("bytes_in", "bytes_out", "batch", "stage")),
     )
 
 
@@ -253,8 +266,9 @@ def place(
     precisions: Sequence[str],
     partition: Partition,
     precision: str | None = None,
+    batch: int | None = None,
 ) -> Placement:
-    """Describe a partition of a graph."""
+    """Describe a partition of a graph, which may be specialised to a batch size."""
     last_use = _readers(graph, partition)
     outputs = set(graph.signature.output_names)
     segments = []
@@ -278,6 +292,8 @@ def place(
                 sum(weights.values()),
                 _total(graph, entering),
                 _total(graph, leaving),
+                batch,
+                partition.stages[number] if partition.stages else None,
             )
         )
     refusals = tuple(
@@ -287,6 +303,15 @@ def place(
         if verdict is not None and not verdict.supported
     )
     return Placement(target, candidates[0].name, tuple(segments), refusals, precision)
+
+
+def merge(placements: Sequence[Placement]) -> Placement:
+    """Return the placements of one model for several batch sizes as one; each refusal is there once."""
+    return replace(
+        placements[0],
+        segments=tuple(segment for placement in placements for segment in placement.segments),
+        refusals=tuple(dict.fromkeys(refusal for placement in placements for refusal in placement.refusals)),
+    )
 
 
 def _readers(graph: Graph, partition: Partition) -> dict[str, set[int]]:

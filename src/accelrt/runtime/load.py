@@ -28,6 +28,7 @@ from accelrt.options import Options
 from accelrt.policy import Fallback, announce
 from accelrt.precision.plan import plan, precision_named
 from accelrt.registry import CPU, REGISTRY, Candidate, devices_of, find_engine, status_of, unavailable
+from accelrt.runtime.compose import composed_session, is_composed
 from accelrt.runtime.session import Session, Step
 from accelrt.target import Target, parse
 
@@ -51,8 +52,13 @@ def open_session(artifact: Artifact, *, devices: tuple[int, ...] | None = None, 
     wanted = devices if devices is not None else target.devices
     if (stale := _stale(artifact)) is not None:
         artifact = _rebuilt(artifact, target, stale, fallback)
-    loader = _Loader(artifact, target, wanted, devices is not None, fallback)
-    return loader.session()
+
+    def load_part(part: Artifact) -> Session:
+        return _Loader(part, target, wanted, devices is not None, fallback).session()
+
+    if is_composed(artifact):
+        return composed_session(artifact, load_part, fallback)
+    return load_part(artifact)
 
 
 def _stale(artifact: Artifact) -> AccelrtError | None:
@@ -89,6 +95,7 @@ def _rebuilt(artifact: Artifact, target: Target, reason: AccelrtError, fallback:
     """Compile the source graph again: for the same target if its engine is usable, else for the CPU."""
     # Brings in the graph libraries, which loading can do without.
     from accelrt.artifact.build import BuildRequest, build
+    from accelrt.partition.stages import StagePlan
 
     if fallback == "error" or not artifact.manifest.has_source:
         if not artifact.manifest.has_source:
@@ -105,7 +112,14 @@ def _rebuilt(artifact: Artifact, target: Target, reason: AccelrtError, fallback:
         asked = precision_named(asked)
     candidates, precisions = plan(candidates, asked)
     request = BuildRequest(
-        str(target), candidates, _recorded(artifact, candidates), artifact.manifest.source_format, asked, precisions
+        str(target),
+        candidates,
+        _recorded(artifact, candidates),
+        artifact.manifest.source_format,
+        asked,
+        precisions,
+        artifact.manifest.batch_sizes,
+        StagePlan(count) if (count := artifact.manifest.stages) else None,
     )
     return build(artifact.source_graph(), request, fallback=fallback)
 

@@ -19,8 +19,7 @@ from accelrt.policy import Fallback, announce
 from accelrt.registry import CPU
 from accelrt.runtime.inputs import Binder
 from accelrt.runtime.metrics import LatencyHistogram, SessionStats
-
-Outputs = dict[str, Value]
+from accelrt.runtime.runner import Outputs, OverlappingRunner, Runner, submit_ahead
 
 _AHEAD = 2
 """Items that `map` keeps in flight for each worker: one computes, one waits."""
@@ -68,6 +67,8 @@ class Session:
         fallback: Fallback,
         workers: int,
         keep: object = None,
+        runner: Runner | None = None,
+        parts: Sequence[Session] = (),
     ) -> None:
         self.signature = signature
         self._steps = tuple(steps)
@@ -75,6 +76,8 @@ class Session:
         self._fallback: Fallback = fallback
         self._workers = workers
         self._keep = keep
+        # What runs whole calls in place of steps, and the sessions it is made of: see `accelrt.runtime.compose`.
+        self._runner, self._parts = runner, tuple(parts)
         self._binder = Binder(signature)
         self._histogram = LatencyHistogram()
         # Counters that many threads advance without a lock: `next` on a count is atomic.
@@ -118,6 +121,11 @@ class Session:
         finally:
             next(self._left)
 
+    def run(self, feeds: Mapping[str, Value]) -> Outputs:
+        """Compute one call whose inputs were checked, and count nothing: for what is made of sessions."""
+        direct = self._direct
+        return direct(feeds) if direct is not None else self._run(feeds)
+
     def trace(self, *inputs: Any) -> Iterator[tuple[dict[str, Value], Outputs]]:
         """Compute one call segment by segment: yield what each one read and what it gave, in order.
 
@@ -125,6 +133,10 @@ class Session:
             Whatever `predict` raises, at the segment's turn.
         """
         values = dict(self._binder.bind(inputs))
+        for part in self._parts:
+            for feeds, outputs in part.trace({name: values[name] for name in part.signature.input_names}):
+                values.update(outputs)
+                yield feeds, outputs
         for step in self._steps:
             feeds = {name: values[name] for name in step.inputs}
             outputs = self._run_step(step, feeds)
@@ -134,15 +146,21 @@ class Session:
     def submit(self, *inputs: Any) -> Future[Outputs]:
         """Queue one call on the session's threads and return its future.
 
+        A pipeline takes a few calls ahead; if it is full, this waits. So a callback of a future must not submit.
+
         Raises:
             SessionClosed: The session was closed.
         """
         with self._pool_lock:
             if self._closed:
                 raise SessionClosed("The session was closed.", hint="Load the artifact again.")
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="accelrt")
-            return self._pool.submit(self.predict, *inputs)
+            runner = self._runner
+            if not isinstance(runner, OverlappingRunner):
+                if self._pool is None:
+                    self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="accelrt")
+                return self._pool.submit(self.predict, *inputs)
+            next(self._entered)  # from here on, closing waits for this call
+        return submit_ahead(runner, lambda: self._binder.bind(inputs), self._answered)
 
     def map(self, items: Iterable[Any]) -> Iterator[Outputs]:
         """Yield the outputs of each item in order, computing several at once and reading only a few items ahead.
@@ -165,13 +183,23 @@ class Session:
             for future in flight:
                 future.cancel()
 
+    def _answered(self, nanoseconds: int | None) -> None:
+        """Count a call that was submitted ahead: how long it took, None if it failed."""
+        if nanoseconds is None:
+            next(self._failed)
+        else:
+            self._histogram.record(nanoseconds)
+        next(self._left)
+
     def stats(self) -> SessionStats:
         """Return counts and latencies since the session was loaded."""
+        parts = [part.stats() for part in self._parts]
         return SessionStats(
             calls=_peek(self._entered),
             errors=_peek(self._failed),
-            fallbacks=_peek(self._fell_back),
-            engines=tuple(step.engine if step.executable is not None else CPU for step in self._steps),
+            fallbacks=_peek(self._fell_back) + sum(part.fallbacks for part in parts),
+            engines=tuple(step.engine if step.executable is not None else CPU for step in self._steps)
+            + tuple(engine for part in parts for engine in part.engines),
             latency=self._histogram.summary(),
         )
 
@@ -186,6 +214,8 @@ class Session:
             pool.shutdown(cancel_futures=True)
         while _peek(self._left) < _peek(self._entered):
             time.sleep(0.0005)
+        if self._runner is not None:
+            self._runner.close()
         for step in self._steps:
             for executable in (step.executable, step.lost, step.stand_in):
                 if executable is not None:
@@ -201,11 +231,13 @@ class Session:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else ", ".join(step.engine for step in self._steps) or "nothing to compute"
+        state = "closed" if self._closed else ", ".join(self.stats().engines) or "nothing to compute"
         return f"<Session {self.signature} on {state}>"
 
     def _direct_run(self) -> Callable[[Mapping[str, Value]], Outputs] | None:
         """Return the short way of the common case: one segment that reads and yields exactly the model's values."""
+        if self._runner is not None:
+            return self._runner.run
         if len(self._steps) != 1:
             return None
         (step,) = self._steps
