@@ -16,8 +16,8 @@ from accelrt.graph.types import Dim, TensorType, ValueType, bits_of
 from accelrt.partition.cut import Piece
 
 FLOPS_PER_BYTE = 4.0
-"""What an estimate takes for the work that costs as much time as moving a byte: a core of a present server computes some
-50 GFLOP/s in float32 and moves some 12 GB/s to and from memory, when all cores do."""
+"""How many operations take the time of moving one byte: a core of a present server computes some 50 GFLOP/s in float32
+and moves some 12 GB/s to and from memory when all cores do."""
 
 SLACK = 0.02
 """How much larger than the least possible the largest stage may be if less crosses between stages for it: no estimate,
@@ -177,7 +177,9 @@ def operations(node: Node) -> float:
 
 
 def _moved(graph: Graph, node: Node) -> float:
-    values = sum(_bytes(graph.types.get(name)) for name in (*node.reads, *node.writes) if name not in graph.initializers)
+    values = sum(
+        _bytes(graph.types.get(name)) for name in (*node.reads, *node.writes) if name not in graph.initializers
+    )
     # Of a table that it picks from, it reads no more than it writes.
     weights = 0 if node.op_type in _PICKS else sum(graph.weight_bytes(node).values())
     return float(values + weights)

@@ -50,11 +50,18 @@ class _Request:
         self.rows = rows_of(feeds)
         self.feeds: Mapping[str, Value] | None = feeds
         # What can share a run: equal names, types and sizes beyond the rows.
-        self.key = tuple(sorted((name, value.dtype.str, value.shape[1:]) for name, value in feeds.items()))
+        self.key = tuple(sorted((name, value.dtype, value.shape[1:]) for name, value in feeds.items()))
         self.arrived = time.monotonic()
         self.deadline = deadline
         self.future: Future[Outputs] = Future()
         self.started = self.answered = False
+
+    def start(self) -> bool:
+        """Keep the request from being cancelled; False if it was before. Called under the batcher's lock."""
+        if not self.started and not self.future.set_running_or_notify_cancel():
+            return False
+        self.started = True
+        return True
 
 
 class RequestBatcher:
@@ -89,7 +96,7 @@ class RequestBatcher:
     ) -> None:
         if max_batch_size < 1 or max_queue_delay_us < 0 or max_queued < 1 or (timeout is not None and timeout <= 0):
             raise OptionError(
-                "max_batch_size and max_queued must be 1 or more, max_queue_delay_us 0 or more and timeout more than 0, "
+                "max_batch_size and max_queued must be 1 or more, max_queue_delay_us 0 or more, timeout more than 0, "
                 f"not {max_batch_size}, {max_queued}, {max_queue_delay_us} and {timeout}."
             )
         self._runner = runner
@@ -234,24 +241,28 @@ class RequestBatcher:
 
     def _starts(self, request: _Request) -> bool:
         """Tell whether a request is still to be computed; answer it if its time is over."""
-        if request.answered:
-            return False
         if request.deadline is not None and request.deadline <= time.monotonic():
             self._expire(request)
             return False
-        if not request.started and not request.future.set_running_or_notify_cancel():
-            with self._lock:
-                self._close_request(request)
-            return False
-        request.started = True
-        return True
-
-    def _run(self, batch: Sequence[_Request]) -> None:
         with self._lock:
+            if request.answered:
+                return False
+            if not request.start():
+                self._close_request(request)
+                return False
+            return True
+
+    def _run(self, requests: Sequence[_Request]) -> None:
+        with self._lock:
+            # The time of one may have been over just now.
+            given = [(request, request.feeds) for request in requests if request.feeds is not None]
+            batch = [request for request, _ in given]
+            if not batch:
+                return
             self._runs += 1
             self._rows += sum(request.rows for request in batch)
         try:
-            feeds = _together([request.feeds for request in batch if request.feeds is not None])
+            feeds = _together([feeds for _, feeds in given])
             if isinstance(self._runner, OverlappingRunner):
                 future = self._runner.submit(feeds)
                 with self._lock:
@@ -260,7 +271,7 @@ class RequestBatcher:
                 return
             outputs = self._runner.run(feeds)
             parts = _apart(outputs, batch)
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
             self._failed(batch, error)
             return
         self._succeeded(batch, parts)
@@ -269,7 +280,7 @@ class RequestBatcher:
         """Answer a batch from an overlapping runner's thread, which must not be kept."""
         try:
             self._succeeded(batch, _apart(future.result(), batch))
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
             self._failed(batch, error)
         finally:
             with self._lock:
@@ -280,7 +291,7 @@ class RequestBatcher:
         for request, outputs in zip(batch, parts, strict=True):
             self._answer(request, outputs)
 
-    def _failed(self, batch: Sequence[_Request], error: Exception) -> None:
+    def _failed(self, batch: Sequence[_Request], error: BaseException) -> None:
         """Fail a request that was alone; queue those of a batch to be run alone."""
         if len(batch) == 1 or isinstance(error, DeviceLost | SessionClosed):
             for request in batch:
@@ -293,15 +304,15 @@ class RequestBatcher:
 
     # Answers
 
-    def _answer(self, request: _Request, answer: Outputs | Exception) -> None:
+    def _answer(self, request: _Request, answer: Outputs | BaseException) -> None:
         """Answer a request once: what comes later, after its time was over, is dropped."""
         with self._lock:
             if request.answered:
                 return
             self._close_request(request)
-        if not request.started and not request.future.set_running_or_notify_cancel():
-            return
-        if isinstance(answer, Exception):
+            if not request.start():
+                return
+        if isinstance(answer, BaseException):
             request.future.set_exception(answer)
         else:
             request.future.set_result(answer)
@@ -313,8 +324,8 @@ class RequestBatcher:
             self._alarm.notify()
 
     def _expire(self, request: _Request) -> None:
-        where = "it was being computed" if request.started else "it waited for its turn, and is not computed"
         with self._lock:
+            where = "it was being computed" if request.started else "it waited for its turn, and is not computed"
             self._timeouts += not request.answered
         self._answer(request, _late(request, where))
 

@@ -98,8 +98,8 @@ class BucketRunner:
     """Runs calls of any number of rows on runners that each take one number of rows.
 
     Rows of padding repeat the last row of the call, since that one is valid whatever the model expects; they are
-    computed and dropped. Outputs are copies where anything else than the whole result of one run is returned, so that no
-    caller holds rows of padding, or keeps them in memory.
+    computed and dropped. Outputs are copies where anything else than the whole result of one run is returned, so that
+    no caller holds rows of padding, or keeps them in memory.
 
     Args:
         runners: By batch size; closed with this one.

@@ -65,9 +65,7 @@ def _variants(artifact: Artifact, load_part: Callable[[Artifact], Session]) -> R
 
 def _pipeline(artifact: Artifact, load_part: Callable[[Artifact], Session]) -> Pipeline:
     sessions = [load_part(part) for part in stages(artifact)]
-    runners = [
-        (_Part(session), session.signature.input_names, session.signature.output_names) for session in sessions
-    ]
+    runners = [(_Part(session), session.signature.input_names, session.signature.output_names) for session in sessions]
     return chain(runners, artifact.signature.output_names)
 
 
