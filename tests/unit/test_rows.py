@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 
 from accelrt.graph.bind import bind_first_dimension, first_dimension
 from accelrt.graph.load import load_graph
@@ -381,8 +381,8 @@ def test_whatever_is_proved_of_a_random_chain_is_true(proved: list[int], chosen:
     if prove_batch_axis(graph, (1, 2, 4)).proved:
         try:
             answers = [row_wise(proto, rows) for rows in (2, 4)]
-        except Fail:
-            return  # a Reshape to another number of values: there are no rows to be coupled
+        except (Fail, InvalidArgument):
+            return  # no call of it is valid: there are no rows to be coupled
         proved.append(len(chosen))
         assert answers == [True, True]
 

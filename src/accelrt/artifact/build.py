@@ -105,7 +105,7 @@ def batch_sizes(given: int | Sequence[int] | None) -> tuple[int, ...]:
     """
     if given is None:
         return ()
-    sizes = [given] if isinstance(given, int) else list(given)
+    sizes: list[Any] = list(given) if isinstance(given, Sequence) else [given]
     if not sizes or any(type(size) is not int or not 1 <= size <= MAX_BATCH for size in sizes):
         raise OptionError(
             f"batch takes a number of rows from 1 to {MAX_BATCH}, or several, not {given!r}.", hint="batch=(1, 8)"

@@ -17,6 +17,7 @@ from accelrt.errors import AccelrtError, DeviceLost, ExecutionError, InputError,
 from accelrt.graph.types import Signature, Value
 from accelrt.policy import Fallback, announce
 from accelrt.registry import CPU
+from accelrt.runtime.buckets import BucketRunner
 from accelrt.runtime.inputs import Binder
 from accelrt.runtime.metrics import LatencyHistogram, SessionStats
 from accelrt.runtime.runner import Outputs, OverlappingRunner, Runner, submit_ahead
@@ -129,9 +130,15 @@ class Session:
     def trace(self, *inputs: Any) -> Iterator[tuple[dict[str, Value], Outputs]]:
         """Compute one call segment by segment: yield what each one read and what it gave, in order.
 
+        A session for several batch sizes has no one order of segments: trace the part for one of them, see
+        `accelrt.artifact.parts.variant`.
+
         Raises:
-            Whatever `predict` raises, at the segment's turn.
+            ExecutionError: The session is for several batch sizes.
+            AccelrtError: Whatever `predict` raises, at the segment's turn.
         """
+        if isinstance(self._runner, BucketRunner):
+            raise ExecutionError("A session for several batch sizes cannot be traced as one.")
         values = dict(self._binder.bind(inputs))
         for part in self._parts:
             for feeds, outputs in part.trace({name: values[name] for name in part.signature.input_names}):
