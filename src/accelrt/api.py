@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from accelrt.artifact.build import Progress
     from accelrt.backend import Precision
     from accelrt.graph.model import Graph
+    from accelrt.partition.stages import StagePlan
     from accelrt.precision.calibrate import Calibration
     from accelrt.runtime.session import Session
     from accelrt.verification import Verification
@@ -37,7 +38,7 @@ def compile(
     calibration: Calibration | Iterable[Any] | None = None,
     verify: Verify = None,
     batch: int | Sequence[int] | None = None,
-    cores: int | None = None,
+    cores: int | StagePlan | None = None,
     cache: bool = True,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -66,7 +67,7 @@ def compile(
         batch: Batch sizes to specialise the model to, such as ``(1, 8)``; the session then takes any number of rows, in
             the runs of these sizes that pad least. Only for models whose rows are proved to be independent.
         cores: Cut the model into so many stages of even work, one core each; ``submit`` and ``map`` keep all of them
-            busy.
+            busy. A `StagePlan` also says what nodes cost; else that is estimated.
         cache: Look the result up in the compile cache, and put it there.
         progress: Called with what is being done, how much of it is done, and how much there is.
 
@@ -95,7 +96,10 @@ def compile(
     if calibration is not None and asked != "int8":
         raise OptionError("A calibration is given, but precision='int8' is not.", hint="Pass both, or neither.")
     candidates, precisions = plan(REGISTRY.candidates(target), asked)
+    stages = stage_plan(cores)
     resolved = option_module.resolve(options, candidates)
+    if stages is not None:
+        resolved = option_module.one_core_each(resolved)
     if progress is not None:
         progress("reading the model", 0, 1)
     source = open_source(model, SourceRequest(example_inputs, input_names, output_names, resolved.source))
@@ -109,7 +113,7 @@ def compile(
             check = Verifier(source.graph, wanted, cache=cache).check()
     graph = _quantised(source.graph, calibration, progress) if asked == "int8" else source.graph
     request = BuildRequest(
-        str(target), candidates, resolved, source.format, asked, precisions, batch_sizes(batch), stage_plan(cores)
+        str(target), candidates, resolved, source.format, asked, precisions, batch_sizes(batch), stages
     )
     return build(graph, request, fallback=policy, cache=cache, progress=progress, check=check)
 

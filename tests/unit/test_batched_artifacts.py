@@ -8,6 +8,7 @@ import os
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from typer.testing import CliRunner
 
 import accelrt
 from accelrt.artifact.manifest import MANIFEST, Manifest
 from accelrt.artifact.parts import stages, variant
+from accelrt.cli import app
 from accelrt.errors import (
     ArtifactVersionError,
     BatchError,
@@ -30,7 +33,10 @@ from accelrt.errors import (
 )
 from accelrt.graph.types import TensorType
 from accelrt.partition.report import Placement
+from accelrt.partition.stages import StagePlan
 from accelrt.registry import REGISTRY
+from accelrt.runtime.batching import RequestBatcher
+from accelrt.runtime.stage_times import measured_plan, segment_seconds
 from accelrt.testing import models
 from accelrt.testing.fake import FakeBackend
 from accelrt.verification import Verification
@@ -206,6 +212,86 @@ def test_a_model_that_computes_nothing_takes_any_batch() -> None:
     assert artifact.manifest.batch_sizes == ()
     with accelrt.load(artifact) as session:
         assert session.predict(np.ones((5, 2), np.float32))["x"].shape == (5, 2)
+
+
+def test_requests_are_batched_into_buckets_of_a_session(fake: Callable[..., str]) -> None:
+    """The parts together: requests of many threads, gathered, padded to buckets, through stages, back to each."""
+    x = images(64)
+    wanted = scores(x)
+    session = accelrt.load(accelrt.compile(models.small_cnn(), fake(latency_s=0.001), batch=(1, 8), cores=2))
+    batcher = RequestBatcher(session, max_batch_size=8, max_queue_delay_us=3000, timeout=30)
+    spans = [(start, start + 1 + start % 4) for start in range(60)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda span: batcher.run({"image": x[slice(*span)]})["scores"], spans))
+    wrong, right = batcher.submit({"image": x[:1].astype(np.float64)}), batcher.submit({"image": x[:1]})
+    with pytest.raises(InputError):
+        wrong.result(5)
+    assert right.result(5)["scores"].shape == (1, 10)
+    stats = batcher.stats()
+    batcher.close()
+    for span, answer in zip(spans, answers, strict=True):
+        np.testing.assert_allclose(answer, wanted[slice(*span)], atol=1e-5)
+    assert stats.requests == 62 and stats.runs < 55
+    with pytest.raises(SessionClosed):
+        session.predict(x)
+
+
+def test_padding_is_counted() -> None:
+    with accelrt.load(accelrt.compile(models.small_cnn(), batch=(4, 6))) as session:
+        session.predict(images(13))  # 6 + 4 + 4
+        session.predict(images(4))
+        assert session.stats().padding_rows == 1
+
+
+def test_stages_of_a_cpu_engine_use_one_core_each() -> None:
+    def threads(**how: Any) -> Any:
+        return accelrt.compile(models.small_cnn(), **how).manifest.segments[0].options["threads"]
+
+    assert (threads(), threads(cores=2), threads(cores=2, options={"threads": 2})) == (0, 1, 2)
+
+
+def test_measured_stages_are_cut_where_the_time_goes(fake: Callable[..., str]) -> None:
+    """On an accelerator whose every segment takes the same time but one, estimates are wrong and measuring helps."""
+    target = fake(latency_s=0.0)
+    model = models.small_cnn(batch=1)
+    artifact = accelrt.compile(model, target, cores=2)
+    assert artifact.manifest.options["stage_costs"] == "estimated"
+    seconds = segment_seconds(artifact, [images(1)], repeat=3)
+    assert len(seconds) == 2 and all(0 < one < 5 for one in seconds)
+    plan = measured_plan(artifact, [images(1)], repeat=3)
+    assert plan.count == 2 and plan.costs is not None
+    assert set(plan.costs) == {node.name for node in artifact.source_graph().nodes}
+    # As if the first node took nearly half of the time: it is alone with what belongs to its kernel.
+    first = artifact.source_graph().nodes[0].name
+    skewed = StagePlan(2, {**dict.fromkeys(plan.costs, 1.0), first: 8.0})
+    again = accelrt.compile(model, target, cores=skewed)
+    assert again.manifest.options["stage_costs"] == "given"
+    assert [len(segment.nodes) for segment in again.placement.segments] == [3, 8]
+
+
+def test_what_cannot_be_measured_says_so() -> None:
+    plain, piped = accelrt.compile(models.small_cnn()), accelrt.compile(models.small_cnn(), cores=2, batch=(1, 2))
+    with pytest.raises(OptionError, match="no pipeline"):
+        measured_plan(plain, [images(1)])
+    with pytest.raises(OptionError, match="no calls"):
+        measured_plan(piped, [])
+    assert measured_plan(piped, [images(2)], repeat=1).count == 2
+
+
+@pytest.mark.parametrize("wrong", [{"a": -1.0}, {"a": float("nan")}, {"a": float("inf")}])
+def test_costs_are_numbers(wrong: dict[str, float]) -> None:
+    with pytest.raises(OptionError, match="cost of node 'a'"):
+        StagePlan(2, wrong)
+
+
+def test_the_command_line_compiles_them_too(tmp_path: Path) -> None:
+    model, out = tmp_path / "m.onnx", tmp_path / "m.accel"
+    onnx.save(models.small_cnn(), model)
+    done = CliRunner().invoke(app, ["compile", str(model), "-o", str(out), "--batch", "1,4", "--cores", "2"])
+    assert done.exit_code == 0, done.output
+    with accelrt.load(out) as session:
+        assert session.predict(images(5))["scores"].shape == (5, 10)
+    assert CliRunner().invoke(app, ["compile", str(model), "-o", str(out), "--batch", "few"]).exit_code == 2
 
 
 def test_stages_overlap(fake: Callable[..., str]) -> None:

@@ -81,6 +81,7 @@ def piped(stages: int) -> Runner:
 
         def __init__(self) -> None:
             self.inner = chain([*one, *steps], [names[-1]])
+            self.capacity = self.inner.capacity
 
         def submit(self, feeds: Mapping[str, Any]) -> Future[dict[str, Any]]:
             out: Future[dict[str, Any]] = Future()

@@ -41,7 +41,7 @@ class Overlapping(Rows):
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
-        self.pool = ThreadPoolExecutor(3)
+        self.pool, self.capacity = ThreadPoolExecutor(3), 3
 
     def submit(self, feeds: Mapping[str, Any]) -> Future[dict[str, Any]]:
         return self.pool.submit(self.run, feeds)

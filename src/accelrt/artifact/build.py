@@ -113,7 +113,7 @@ def batch_sizes(given: int | Sequence[int] | None) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
-def stage_plan(cores: int | None) -> StagePlan | None:
+def stage_plan(cores: int | StagePlan | None) -> StagePlan | None:
     """Read the argument ``cores``: None for one core, which needs no pipeline.
 
     Raises:
@@ -121,9 +121,8 @@ def stage_plan(cores: int | None) -> StagePlan | None:
     """
     if cores is None:
         return None
-    if type(cores) is not int or cores < 1:
-        raise OptionError(f"cores takes a number of 1 or more, not {cores!r}.")
-    return StagePlan(cores) if cores > 1 else None
+    plan = cores if isinstance(cores, StagePlan) else StagePlan(cores)
+    return plan if plan.count > 1 else None
 
 
 def build(
@@ -235,7 +234,7 @@ def _compile_into(
             "partition": asdict(request.options.partition),
             **({} if request.precision is None else {"precision": request.precision}),
             **({} if axis is None else {"batch": {"sizes": list(request.batch), **asdict(axis)}}),
-            **({} if request.stages is None else {"cores": request.stages.count}),
+            **({} if request.stages is None else _stage_record(request.stages)),
         },
         source_format=request.source_format,
     )
@@ -246,6 +245,10 @@ def _compile_into(
         (folder / VERIFICATION).write_bytes(json.dumps(found, separators=(",", ":")).encode())
         manifest = replace(manifest, files={**manifest.files, VERIFICATION: describe_file(folder / VERIFICATION)})
     return manifest, finish(folder, manifest)
+
+
+def _stage_record(plan: StagePlan) -> dict[str, Any]:
+    return {"cores": plan.count, "stage_costs": "estimated" if plan.costs is None else "given"}
 
 
 def _batch_axis(graph: Graph, sizes: Sequence[int]) -> BatchAxis | None:

@@ -70,6 +70,13 @@ def compile_(
         PrecisionName | None,
         typer.Option("--precision", "-p", help="What the engine asked for computes in; else its default."),
     ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", help="Batch sizes to specialise to; a session then takes any.", metavar="1,8"),
+    ] = None,
+    cores: Annotated[
+        int | None, typer.Option("--cores", help="Cut into so many stages of a pipeline, one core each.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Hold the numbers against the reference; `accelrt verify` says more.")
     ] = False,
@@ -106,6 +113,8 @@ def compile_(
             options=options,
             precision=None if precision is None else precision.value,
             verify=verify,
+            batch=None if batch is None else _sizes(batch),
+            cores=cores,
             cache=cache,
             progress=progress,
         )
@@ -115,6 +124,13 @@ def compile_(
         print_json(_to_json(artifact, output, sources, seconds))
     else:
         _show(artifact, output, seconds)
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,8.", param_hint="--batch") from None
 
 
 def _check_output(model: Path, output: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,23 @@ class StagePlan:
     Attributes:
         count: Stages, one for each core.
         costs: What each node costs, by name, in any unit: seconds that were measured. Nodes that are not named are
-            estimated, and then all of them are.
+            estimated, and then all of them are. `accelrt.runtime.stage_times.measured_plan` measures.
+
+    Raises:
+        OptionError: ``count`` is less than 1, or a cost is negative or no number.
     """
 
     count: int
     costs: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.count) is not int or self.count < 1:
+            raise OptionError(f"cores takes a number of 1 or more, not {self.count!r}.")
+        wrong = [name for name, cost in (self.costs or {}).items() if not 0 <= cost < inf]
+        if wrong:
+            raise OptionError(
+                f"The cost of node {wrong[0]!r} is {(self.costs or {})[wrong[0]]!r}; it must be 0 or more."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,15 +67,17 @@ class _Request:
 class RequestBatcher:
     """Gathers requests of any numbers of rows into runs, and gives each request exactly its rows of the run.
 
-    It is a runner, and its ``submit`` returns at once. Only for models whose rows are independent: see
-    `accelrt.partition.rows`. Requests that differ in a type or a size beyond the rows do not share a run; those that
-    do keep their order. If a run of several requests fails, each is run alone, so that one bad request fails alone;
-    after `DeviceLost` and `SessionClosed`, which all would meet again, all fail with it.
+    It is a runner, and a session can be its runner: each run is then a call of the session, checked and counted by it.
+    Only for models whose rows are independent, as ``accelrt.compile(..., batch=...)`` proves. Requests that differ in a
+    type or a size beyond the rows do not share a run; those that do keep their order. If a run of several requests
+    fails, each is run alone, so that one bad request fails alone; after `DeviceLost` and `SessionClosed`, which all
+    would meet again, all fail with it.
 
     Arrays of a request must not be written to before it is answered.
 
     Args:
-        runner: Runs the batches: one at a time, or as many as it takes if it overlaps calls. Closed with the batcher.
+        runner: Runs the batches: one at a time, or as many as keep it busy if it overlaps calls. Closed with the
+            batcher.
         max_batch_size: Rows at which a run begins at once. A request of more is run by itself, undivided.
         max_queue_delay_us: Microseconds that the first request of a run waits for others.
         timeout: Seconds in which a request must be answered; None for no limit.
@@ -111,6 +113,7 @@ class RequestBatcher:
         self._deadlines: list[tuple[float, int, _Request]] = []
         self._open = 0  # requests that are not answered
         self._running = 0  # runs that an overlapping runner has under way
+        self._most_running = runner.capacity if isinstance(runner, OverlappingRunner) else 1
         self._closed = False
         self._requests = self._runs = self._rows = self._retried = self._timeouts = 0
         self._server = threading.Thread(target=self._serve, name="accelrt-batcher", daemon=True)
@@ -204,9 +207,11 @@ class RequestBatcher:
         """Wait for the next run; None when the batcher was closed and all is answered."""
         with self._lock:
             while True:
-                if self._alone:
+                if self._running >= self._most_running:
+                    self._work.wait()  # meanwhile, requests gather
+                elif self._alone:
                     return [self._alone.popleft()]
-                if self._waiting:
+                elif self._waiting:
                     head = next(iter(self._waiting.values()))
                     left = head.arrived + self._delay_s - time.monotonic()
                     if self._closed or left <= 0 or self._rows_waiting[head.key] >= self._max_rows:
@@ -267,6 +272,7 @@ class RequestBatcher:
                 future = self._runner.submit(feeds)
                 with self._lock:
                     self._running += 1
+                # Called in this thread if it is done already.
                 future.add_done_callback(lambda done: self._finished(batch, done))
                 return
             outputs = self._runner.run(feeds)

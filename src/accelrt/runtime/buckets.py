@@ -149,6 +149,7 @@ class OverlappingBucketRunner(BucketRunner):
     def __init__(self, runners: Mapping[int, OverlappingRunner]) -> None:
         super().__init__(runners)
         self._overlapping = dict(runners)
+        self.capacity = min(runner.capacity for runner in runners.values())
 
     def run(self, feeds: Mapping[str, Value]) -> Outputs:
         return self.submit(feeds).result()

@@ -88,6 +88,7 @@ class SessionStats:
         fallbacks: Segments that ran on another engine than the artifact says, counted each time.
         engines: The engines in use, in the order in which they run.
         latency: Of calls that returned.
+        padding_rows: Rows that were computed to no use, to fill up batch sizes that the model is specialised to.
     """
 
     calls: int
@@ -95,3 +96,4 @@ class SessionStats:
     fallbacks: int
     engines: tuple[str, ...]
     latency: LatencySummary
+    padding_rows: int = 0

@@ -28,8 +28,13 @@ class Runner(Protocol):
 class OverlappingRunner(Runner, Protocol):
     """A runner that has several calls under way by itself, with no threads of the caller's."""
 
+    @property
+    def capacity(self) -> int:
+        """Calls under way at once from which on more of them do not keep it busier."""
+        ...
+
     def submit(self, feeds: Mapping[str, Value]) -> Future[Outputs]:
-        """Begin a call and return its future; waits while as many are under way as it takes."""
+        """Begin a call and return its future; may wait while as many are under way as it takes."""
         ...
 
 

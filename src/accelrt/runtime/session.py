@@ -122,6 +122,11 @@ class Session:
         finally:
             next(self._left)
 
+    @property
+    def capacity(self) -> int:
+        """Calls under way at once that keep the session busy; `submit` takes more, and queues them."""
+        return self._runner.capacity if isinstance(self._runner, OverlappingRunner) else self._workers
+
     def run(self, feeds: Mapping[str, Value]) -> Outputs:
         """Compute one call whose inputs were checked, and count nothing: for what is made of sessions."""
         direct = self._direct
@@ -208,6 +213,7 @@ class Session:
             engines=tuple(step.engine if step.executable is not None else CPU for step in self._steps)
             + tuple(engine for part in parts for engine in part.engines),
             latency=self._histogram.summary(),
+            padding_rows=self._runner.stats().padding if isinstance(self._runner, BucketRunner) else 0,
         )
 
     def close(self) -> None:
