@@ -29,6 +29,7 @@ from accelrt.errors import (
     ExecutionError,
     InputError,
     OptionError,
+    OutOfDeviceMemory,
     SessionClosed,
 )
 from accelrt.graph.types import TensorType
@@ -269,6 +270,26 @@ def test_measured_stages_are_cut_where_the_time_goes(fake: Callable[..., str]) -
     assert [len(segment.nodes) for segment in again.placement.segments] == [3, 8]
 
 
+def test_a_part_that_cannot_be_loaded_leaves_no_threads(fake: Callable[..., str]) -> None:
+    target = fake(memory_bytes=None)
+    artifact = accelrt.compile(models.small_cnn(), target, batch=(1, 2), cores=2)
+    engine = REGISTRY.backend(target).engines[0]
+    loads = itertools.count()
+    whole = engine.load
+
+    def load(program: Any, devices: Any) -> Any:
+        if next(loads) == 3:
+            raise OutOfDeviceMemory("full")
+        return whole(program, devices)
+
+    engine.load = load  # type: ignore[method-assign]
+    before = threading.active_count()
+    with pytest.raises(OutOfDeviceMemory):
+        accelrt.load(artifact, fallback="error")
+    assert threading.active_count() == before
+    assert next(loads) == 4
+
+
 def test_what_cannot_be_measured_says_so() -> None:
     plain, piped = accelrt.compile(models.small_cnn()), accelrt.compile(models.small_cnn(), cores=2, batch=(1, 2))
     with pytest.raises(OptionError, match="no pipeline"):
@@ -456,6 +477,7 @@ ATTACKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "a stage left out": lambda m: [s.update(stage=2 * s["stage"]) for s in m["segments"]],
     "stages from one": lambda m: [s.update(stage=s["stage"] + 1) for s in m["segments"]],
     "a stage missing": lambda m: m["segments"][0].pop("stage"),
+    "stages for one size": lambda m: [s.pop("stage") for s in m["segments"] if s["batch"] == 4],
     "a negative stage": lambda m: m["segments"][0].update(stage=-1),
     "a scalar model": lambda m: m["signature"]["inputs"][0]["type"].update(shape=[]),
 }

@@ -184,6 +184,8 @@ def _check(manifest: Manifest) -> None:
         raise CorruptArtifact(f"Segments are not in order of their batch sizes: {sizes}.")
     for _, segments in runs or [(None, [])]:
         _check_run(manifest, segments)
+    if len(counts := {segments[-1][1].stage for _, segments in runs}) > 1:
+        raise CorruptArtifact(f"Batch sizes differ in their last stage: {counts}.")
 
 
 def _check_run(manifest: Manifest, segments: Sequence[tuple[int, SegmentRecord]]) -> None:

@@ -37,11 +37,13 @@ def composed_session(artifact: Artifact, load_part: Callable[[Artifact], Session
         return parts[-1]
 
     try:
-        runner = _variants(artifact, loaded) if artifact.manifest.batch_sizes else _pipeline(artifact, loaded)
+        # All are loaded before a pipeline begins its threads, so that a failure leaves none of them.
+        make = _variants(artifact, loaded) if artifact.manifest.batch_sizes else _pipeline(artifact, loaded)
     except BaseException:
         for part in parts:
             part.close()
         raise
+    runner = make()
     segments = artifact.manifest.segments
     engines = [find_engine(REGISTRY.backend(segment.backend), segment.engine) for segment in segments]
     workers = max((engine.caps.parallelism for engine in engines), default=1)
@@ -56,17 +58,19 @@ def composed_session(artifact: Artifact, load_part: Callable[[Artifact], Session
     )
 
 
-def _variants(artifact: Artifact, load_part: Callable[[Artifact], Session]) -> Runner:
+def _variants(artifact: Artifact, load_part: Callable[[Artifact], Session]) -> Callable[[], Runner]:
     variants = {size: variant(artifact, size) for size in artifact.manifest.batch_sizes}
-    if any(part.manifest.stages for part in variants.values()):
-        return OverlappingBucketRunner({size: _pipeline(part, load_part) for size, part in variants.items()})
-    return BucketRunner({size: _Part(load_part(part)) for size, part in variants.items()})
+    if artifact.manifest.stages:
+        pipelines = {size: _pipeline(part, load_part) for size, part in variants.items()}
+        return lambda: OverlappingBucketRunner({size: make() for size, make in pipelines.items()})
+    runners = {size: _Part(load_part(part)) for size, part in variants.items()}
+    return lambda: BucketRunner(runners)
 
 
-def _pipeline(artifact: Artifact, load_part: Callable[[Artifact], Session]) -> Pipeline:
+def _pipeline(artifact: Artifact, load_part: Callable[[Artifact], Session]) -> Callable[[], Pipeline]:
     sessions = [load_part(part) for part in stages(artifact)]
     runners = [(_Part(session), session.signature.input_names, session.signature.output_names) for session in sessions]
-    return chain(runners, artifact.signature.output_names)
+    return lambda: chain(runners, artifact.signature.output_names)
 
 
 class _Part:
