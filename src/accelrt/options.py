@@ -79,7 +79,7 @@ def _checked(key: str, value: Any, cls: type, name: str) -> Any:
     """Check a value against its field's annotation, as far as that names plain classes."""
     hint = get_type_hints(cls)[name]
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if not all(isinstance(kind, type) for kind in kinds):
+    if Any in kinds or not all(isinstance(kind, type) for kind in kinds):  # `Any` is a class, and nothing is one
         return value
     if type(value) in kinds or (float in kinds and type(value) is int):
         return value

@@ -97,6 +97,19 @@ KEEPS: dict[str, onnx.ModelProto] = {
         ],
         ["n", 4, 2],
     ),
+    "fold after others, as attention does": model(
+        [
+            ("Transpose", ["x"], "t", {"perm": [1, 0, 2]}),
+            ("Reshape", ["t", np.array([-1, 6], I64)], "f"),
+            ("Gemm", ["f", floats(6, 8)], "g"),
+            ("Reshape", ["g", np.array([4, -1, 2, 4], I64)], "h"),
+            ("Reshape", ["h", np.array([2, -1, 4], I64)], "k"),
+            ("Softmax", ["k"], "s"),
+            ("Reshape", ["s", np.array([4, -1, 8], I64)], "u"),
+            ("Transpose", ["u"], "y", {"perm": [1, 0, 2]}),
+        ],
+        ["n", 4, 8],
+    ),
     "reshape by a computed shape": model(
         [
             ("Shape", ["x"], "s"),
@@ -194,11 +207,11 @@ COUPLES: dict[str, tuple[onnx.ModelProto, str]] = {
     ),
     "rows mixed by a reshape": (
         model([("Reshape", ["x", np.array([4, -1, 6], I64)], "r"), ("Transpose", ["r"], "y", {"perm": [1, 0, 2]})], ["n", 4, 6]),
-        "not known to be the same for every batch",
+        "rearranges the axes before the rows",
     ),
     "transposed, then folded": (
         model([("Transpose", ["x"], "t", {"perm": [1, 0, 2]}), ("Reshape", ["t", np.array([-1, 4, 6], I64)], "y")], ["n", 4, 6]),
-        "rearranges the axes before the rows",
+        "no known multiple of the batch",
     ),
     "the number of rows": (
         model([("Size", ["x"], "s"), ("Cast", ["s"], "c", {"to": FLOAT}), ("Mul", ["x", "c"], "y")], ["n", 4, 6]),

@@ -27,10 +27,14 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Row-wise along ``axis``, where each row has ``block`` indices."""
+    """Row-wise along ``axis``: of that axis, row r has ``block`` indices in a row, ``outer`` times over.
+
+    If axes are folded into one, those before the rows become ``outer``, those after ``block``.
+    """
 
     axis: int
-    block: int
+    block: int = 1
+    outer: int = 1
 
 
 Fact: TypeAlias = Fixed | Sizes | Rows
@@ -44,8 +48,8 @@ class Coupled(Exception):
 def describe(fact: Fact) -> str:
     """Say in words how a value depends on the rows."""
     match fact:
-        case Rows(axis, block):
-            return f"has its rows along axis {axis}, {block} indices each, not along axis 0"
+        case Rows(axis, block, outer):
+            return f"has its rows along axis {axis}, {block * outer} indices each, not along axis 0"
         case Sizes():
             return "is computed from sizes alone"
         case _:
@@ -64,17 +68,21 @@ class Extents:
         self._sizes = sizes
         self._types = [graph.types for graph in graphs]
 
-    def rows(self, name: str, axis: int) -> Rows:
-        """Return row-wise along an axis, with the block that the inferred sizes give."""
+    def rows(self, name: str, axis: int, outer: int = 1) -> Rows:
+        """Return row-wise along an axis, with the block that the inferred sizes give.
+
+        Raises:
+            Coupled: The size there is not the same multiple of the batch for every batch.
+        """
         blocks = set()
         for size, shape in zip(self._sizes, self.shapes(name), strict=True):
             dim = shape[axis] if 0 <= axis < len(shape) else None
-            if not isinstance(dim, int) or dim % size:
+            if not isinstance(dim, int) or dim % (size * outer):
                 raise Coupled(f"the size of {name!r} along axis {axis} is no known multiple of the batch")
-            blocks.add(dim // size)
+            blocks.add(dim // (size * outer))
         if len(blocks) != 1 or not (block := blocks.pop()):
             raise Coupled(f"the size of {name!r} along axis {axis} does not grow with the batch")
-        return Rows(axis, block)
+        return Rows(axis, block, outer)
 
     def shapes(self, name: str) -> list[tuple[Dim, ...]]:
         """Return the shape of a value at each batch size."""

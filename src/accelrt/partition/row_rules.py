@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import TypeAlias
 
 from accelrt.graph.node import Node
+from accelrt.graph.types import Dim
 from accelrt.partition.row_facts import (
     FIXED,
     Coupled,
@@ -22,7 +24,7 @@ from accelrt.partition.row_facts import (
 _TO_THE_END = 1 << 31
 """What a slice up to the end is written with; no dimension is larger."""
 
-Rule: TypeAlias = Callable[[Extents, Node, Sequence[Fact]], int | Sequence[int] | Fixed | Sizes]
+Rule: TypeAlias = Callable[[Extents, Node, Sequence[Fact]], int | Sequence[int] | Fact]
 """Given a node of which an input is row-wise or made of sizes: the axis of rows of all outputs or of each, or a fact
 about the only one."""
 
@@ -209,7 +211,7 @@ def _gemm(extents: Extents, node: Node, facts: Sequence[Fact]) -> int:
         rank = extents.rank(node.inputs[2])
         if facts[2] == FIXED and not extents.size_one(node.inputs[2], rank - 2):
             raise Coupled("its third input differs from row to row")
-        if facts[2] != FIXED and facts[2] != Rows(0, left.block):
+        if facts[2] != FIXED and facts[2] != Rows(0, left.block, left.outer):
             raise Coupled("its third input has its rows along another axis")
     return 0
 
@@ -281,25 +283,35 @@ def _transpose(extents: Extents, node: Node, facts: Sequence[Fact]) -> int:
     return perm.index(_only(node, facts).axis)
 
 
-def _reshape(extents: Extents, node: Node, facts: Sequence[Fact]) -> int:
-    """Rows are contiguous within the axes before theirs; so they stay if those stay and the size after is a multiple.
+def _reshape(extents: Extents, node: Node, facts: Sequence[Fact]) -> Rows:
+    """Folding and unfolding axes: in memory there are, as before, so many times all rows, each of so many values.
 
-    That the new axis holds whole rows is checked by its size, for each batch: see `Extents.rows`. The sizes after it
-    must not depend on the batch, since a row's values would then be arranged otherwise.
+    The axis of the rows is the one whose size grows with the batch. What lies before it in memory must be as much as
+    before; that it holds whole rows is checked by its size, for each batch. The sizes after it must not depend on the
+    batch, since a row's values would then be arranged otherwise.
     """
     rows = facts[0]
     if not isinstance(rows, Rows):
         raise Coupled("its shape depends on the number of rows, and its values do not")
-    before = extents.shapes(node.inputs[0])
+    heads = {shape[: rows.axis] for shape in extents.shapes(node.inputs[0])}
     after = extents.shapes(node.outputs[0])
-    axis = rows.axis
-    for old, new in zip(before, after, strict=True):
-        if old[:axis] != new[:axis] or not all(isinstance(dim, int) for dim in new[:axis]):
-            raise Coupled("it rearranges the axes before the rows")
-    tails = {shape[axis + 1 :] for shape in after}
-    if len(tails) != 1 or sum(1 for dim in tails.pop() if dim is None) > 1:
+    axis = next((a for a, sizes in enumerate(zip(*after, strict=True)) if len(set(sizes)) > 1), rows.axis)
+    if len(heads) != 1 or len({shape[axis + 1 :] for shape in after}) != 1 or after[0][axis + 1 :].count(None) > 1:
         raise Coupled("what shape it gives to a row is not known to be the same for every batch")
-    return axis
+    (head,), front, outer = heads, after[0][:axis], rows.outer
+    if head != front or not all(isinstance(dim, int | str) for dim in head):
+        times, divisor = _total(head) * outer, _total(front)
+        if not divisor or times % divisor:
+            raise Coupled("it rearranges the axes before the rows")
+        outer = times // divisor
+    return extents.rows(node.outputs[0], axis, outer)
+
+
+def _total(sizes: Sequence[Dim]) -> int:
+    known = [size for size in sizes if isinstance(size, int)]
+    if len(known) < len(sizes):
+        raise Coupled("the sizes of the axes before the rows are not known")
+    return prod(known)
 
 
 def _unsqueeze(extents: Extents, node: Node, facts: Sequence[Fact]) -> int:
@@ -390,7 +402,7 @@ def _recurrent(extents: Extents, node: Node, facts: Sequence[Fact]) -> list[int]
     wanted = {0: 1, 4: 0, 5: 1, 6: 1}
     for number, fact in enumerate(facts):
         if number in wanted and node.has_input(number):
-            if fact != Rows(wanted[number], 1):
+            if fact != Rows(wanted[number]):
                 raise Coupled(f"its input {number} does not have one row an index along axis {wanted[number]}")
         elif fact != FIXED:
             raise Coupled(f"its input {number} depends on the rows")

@@ -26,8 +26,6 @@ from accelrt.partition.row_sizes import follow_sizes
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
-_REGROUPING = frozenset({"Reshape", "Flatten"})
-"""Operators that may change how many indices of an axis a row has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ def prove_batch_axis(graph: Graph, sizes: Sequence[int] = (1,)) -> BatchAxis:
             walk.visit(node)
         for port in graph.signature.outputs:
             fact = walk.facts.get(port.name, FIXED)
-            if fact != Rows(0, 1):
+            if fact != Rows(0):
                 raise Coupled(f"output {port.name!r} {describe(fact)}")
     except Coupled as coupled:
         return BatchAxis(False, name, str(coupled))
@@ -106,7 +104,7 @@ class _Walk:
                 if rule is None:
                     raise Coupled("no rule says that it keeps rows apart")
                 answer = rule(self._extents, node, facts)
-                if isinstance(answer, Fixed | Sizes):
+                if isinstance(answer, Fixed | Sizes | Rows):
                     self.facts[node.outputs[0]] = answer
                 else:
                     self._conclude(node, facts, [answer] * len(node.outputs) if isinstance(answer, int) else answer)
@@ -119,15 +117,15 @@ class _Walk:
 
     def _conclude(self, node: Node, facts: Sequence[Fact], axes: Sequence[int]) -> None:
         """Check the axes that a rule gave against the sizes that onnx inferred."""
-        blocks = {fact.block for fact in facts if isinstance(fact, Rows)}
-        if len(blocks) > 1:
+        layouts = {(fact.block, fact.outer) for fact in facts if isinstance(fact, Rows)}
+        if len(layouts) > 1:
             raise Coupled("its inputs hold different numbers of indices a row")
         if len(axes) < len(node.outputs):
             raise Coupled("no rule tells how its further outputs hold rows")
         for name, axis in zip(node.outputs, axes, strict=False):
             if name:
-                rows = self._extents.rows(name, axis)
-                if blocks and rows.block not in blocks and node.op_type not in _REGROUPING:
+                rows = self._extents.rows(name, axis, next(iter(layouts))[1] if layouts else 1)
+                if layouts and (rows.block, rows.outer) not in layouts:
                     raise Coupled(f"it changes how many indices along axis {axis} a row has")
                 self.facts[name] = rows
 
