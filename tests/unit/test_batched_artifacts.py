@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
@@ -23,6 +26,7 @@ from accelrt.artifact.manifest import MANIFEST, Manifest
 from accelrt.artifact.parts import stages, variant
 from accelrt.cli import app
 from accelrt.errors import (
+    AccelrtError,
     ArtifactVersionError,
     BatchError,
     CorruptArtifact,
@@ -488,6 +492,25 @@ def test_manifests_that_contradict_themselves_are_refused(attack: str, tmp_path:
     path = accelrt.compile(models.small_cnn(), batch=(1, 4), cores=2).save(tmp_path / "good.accel")
     with pytest.raises(CorruptArtifact):
         accelrt.load(altered(path, ATTACKS[attack], tmp_path / "bad.accel"))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["batch", "stage"]), st.integers(0, 5)), max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_altered_parts_are_refused_or_answer_rightly(changes: list[tuple[int, str, int]]) -> None:
+    x = images(5)
+    with tempfile.TemporaryDirectory() as folder:
+        path = accelrt.compile(models.small_cnn(), batch=(1, 4), cores=2).save(Path(folder) / "good.accel")
+
+        def change(document: dict[str, Any]) -> None:
+            for segment, field, value in changes:
+                document["segments"][segment][field] = value
+
+        try:
+            with accelrt.load(altered(path, change, Path(folder) / "bad.accel"), fallback="allow") as session:
+                found = session.predict(x)["scores"]
+        except AccelrtError:
+            return
+        np.testing.assert_allclose(found, scores(x), atol=1e-5)
 
 
 def test_readers_know_what_they_cannot_read(tmp_path: Path) -> None:
