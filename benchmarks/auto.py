@@ -149,9 +149,9 @@ def _openvino(path: Path, quantised: Path, inputs: Mapping[str, Any]) -> Iterato
 
 def _torch(path: Path, inputs: Mapping[str, Any]) -> Iterator[tuple[str, Call]]:
     import torch
-    from accelrt.graph.lowering import lower
 
     from accelrt.graph.load import load_graph
+    from accelrt.graph.lowering import lower
 
     graph = load_graph(path)
     arguments = [torch.from_numpy(inputs[name]) for name in graph.signature.input_names]
