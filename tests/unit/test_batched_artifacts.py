@@ -22,6 +22,7 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 import accelrt
+from accelrt.artifact.build import BuildRequest
 from accelrt.artifact.manifest import MANIFEST, Manifest
 from accelrt.artifact.parts import stages, variant
 from accelrt.cli import app
@@ -37,15 +38,18 @@ from accelrt.errors import (
     SessionClosed,
 )
 from accelrt.graph.types import TensorType
+from accelrt.options import resolve
 from accelrt.partition.report import Placement
 from accelrt.partition.stages import StagePlan
 from accelrt.registry import REGISTRY
 from accelrt.runtime.batching import RequestBatcher
 from accelrt.runtime.pool import KEPT
 from accelrt.runtime.stage_times import measured_plan, segment_seconds
+from accelrt.target import parse
 from accelrt.testing import models
 from accelrt.testing.fake import FakeBackend
-from accelrt.verification import Verification
+from accelrt.tune.cuts import cut_tuner
+from accelrt.verification import Verification, Verifier
 
 
 def images(rows: int, seed: int = 0) -> np.ndarray:
@@ -183,6 +187,37 @@ def test_batch_sizes_are_positive_numbers(batch: Any) -> None:
 def test_cores_are_a_positive_number(cores: Any) -> None:
     with pytest.raises(OptionError, match="cores takes"):
         accelrt.compile(models.mlp(), cores=cores)
+
+
+@pytest.mark.parametrize("how", [{"batch": 2}, {"cores": 2}])
+def test_what_is_not_offered_together_says_so(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: Any) -> None:
+        raise AssertionError("the model was read before the arguments were checked")
+
+    monkeypatch.setattr("accelrt.sources.open_source", read)
+    name = next(iter(how))
+    with pytest.raises(OptionError, match=f"tune=True is not offered together with {name}"):
+        accelrt.compile(models.mlp(), tune=True, **how)
+    with pytest.raises(OptionError, match=f"'{name}' is not offered together with the target 'auto'"):
+        accelrt.compile(models.mlp(), "auto", **how)
+
+
+def test_a_cut_is_not_refined_for_parts() -> None:
+    plain = accelrt.compile(models.mlp(), cores=1, tune=True)  # one core needs no pipeline
+    assert plain.placement.tuning is not None
+    graph, candidates = plain.source_graph(), REGISTRY.candidates(parse("cpu"))
+    resolved, refine = resolve(None, candidates), cut_tuner(graph.signature, candidates, parse("cpu"), None)
+    with pytest.raises(OptionError, match="together with batch"):
+        BuildRequest("cpu", candidates, resolved, "onnx", batch=(1, 2), refine=refine)
+
+
+def test_a_reference_that_is_known_is_all_that_is_compared() -> None:
+    artifact = accelrt.compile(models.small_cnn(), batch=(1, 4))
+    graph = artifact.source_graph()
+    fresh = Verifier(graph, Verification())
+    calls, wanted = fresh.reference()
+    assert fresh.verify(artifact).calls == len(calls) + 2
+    assert Verifier(graph, Verification(), known=wanted).verify(artifact).calls == len(calls)
 
 
 def test_more_cores_than_nodes_is_an_error() -> None:
