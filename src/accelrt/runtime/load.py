@@ -249,7 +249,7 @@ class _Loader:
 
     def _replicas(self, stack: ExitStack, parts: _Parts, faults: Faults) -> list[Replica]:
         """Load as many replicas as are asked for; leave out those that do not fit, while one does."""
-        # Devices that each stage needs, the most of all batch sizes: only one of those runs a call at a time.
+        # Devices that each stage needs: the programs for all batch sizes are loaded onto the same ones.
         widths = [max(part.width for part in stage) for stage in zip(*parts.values(), strict=True)]
         spots: tuple[Spot, ...] | None
         refused: AccelrtError | None = None
