@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from accelrt.artifact.build import Progress
     from accelrt.artifact.candidates import CandidateTable, Objective
     from accelrt.backend import Precision
+    from accelrt.partition.stages import StagePlan
     from accelrt.precision.calibrate import Calibration
     from accelrt.precision.compare import Tolerances
     from accelrt.runtime.session import Session
@@ -45,6 +46,8 @@ def compile(
     percentile: float | None = None,
     tolerance: Tolerances | None = None,
     profile: CandidateTable | Artifact | None = None,
+    batch: int | Sequence[int] | None = None,
+    cores: int | StagePlan | None = None,
     cache: bool = True,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -79,7 +82,7 @@ def compile(
             keep the cut that is fastest as measured, or as fast with fewer segments. Measured with ``example_inputs``
             that fit the signature, else the first inputs given for ``verify``, else random ones with every symbolic
             dimension 1. Takes a second to a minute or two; the cache remembers the result for this machine. Not for
-            ``auto``.
+            ``auto``, nor with ``batch`` or ``cores``.
         objective: For ``auto``: ``"latency"`` (least median of a call, the default), ``"throughput"`` (most rows a
             second) or ``"memory"`` (least peak resident memory).
         latency_budget: For ``auto``: most seconds that a call may take at the percentile.
@@ -88,6 +91,12 @@ def compile(
             absent that of float32, 1e-3, which allows no other precision.
         profile: For ``auto``: figures measured earlier to choose by, instead of measuring: a `CandidateTable`, or the
             artifact that holds it. The winner is verified all the same.
+        batch: Batch sizes to specialise the model to, such as ``(1, 8)``; the session then takes any number of rows, in
+            the runs of these sizes that pad least. Only for models whose rows are proved to be independent. Not for
+            ``auto``, nor for a model that runs whole.
+        cores: Cut the model into so many stages of even work, one core each; ``submit`` and ``map`` keep all of them
+            busy. A `StagePlan` also says what nodes cost; else that is estimated. Not for ``auto``, nor for a model
+            that runs whole.
         cache: Look the result up in the compile cache, and put it there.
         progress: Called with what is being done, how much of it is done, and how much there is.
 
@@ -97,11 +106,12 @@ def compile(
     Raises:
         TargetError, BackendUnavailable: The target is unknown or not usable; says what installs it.
         SourceError: The model is not recognised or cannot be converted, and no engine takes it whole.
-        OptionError: An option nobody knows, or of the wrong type.
+        OptionError: An option nobody knows, or of the wrong type, or arguments that do not go together.
         UnsupportedNodes: ``fallback="error"`` and a node would leave the requested engine.
         CompileError: A node that nothing here can run.
         NoCandidate: ``auto`` found none that is verified and within the budget; its ``rows`` say why.
         VerificationError: An output is out of tolerance.
+        BatchError: ``batch`` for a model whose rows are not proved to be independent; says where they may meet.
         CalibrationError: A calibration set that is empty, does not fit, or holds NaN.
         InputError: Inputs for ``verify`` or of ``example_inputs`` that do not fit; with ``tune``, random inputs that
             cannot be drawn, or that the model does not take.
@@ -127,6 +137,11 @@ def compile(
                 "tune=True measures the cut of one target, and 'auto' is a choice between all.",
                 hint="Leave tune out; compile for the target that auto chose with tune=True.",
             )
+        if batch is not None or cores is not None:
+            raise OptionError(
+                f"{'batch' if batch is not None else 'cores'!r} is not offered together with the target {AUTO!r}.",
+                hint="Leave it out; compile for the target that auto chose with it.",
+            )
         return _auto(
             model,
             SourceRequest(example_inputs, input_names, output_names),
@@ -140,16 +155,32 @@ def compile(
         )
     if calibration is not None and asked != "int8":
         raise OptionError("A calibration is given, but precision='int8' is not.", hint="Pass both, or neither.")
-    from accelrt.artifact.build import BuildRequest, build
+    from accelrt.artifact.build import BuildRequest, batch_sizes, build, stage_plan, tuned_apart
     from accelrt.runtime.inputs import bind_examples
     from accelrt.sources import open_source
     from accelrt.whole import WholeCompile, compile_whole
 
     candidates, precisions = plan(REGISTRY.candidates(target), asked)
+    sizes, stages = batch_sizes(batch), stage_plan(cores)
+    if tune and (sizes or stages is not None):
+        raise tuned_apart("batch" if sizes else "cores")
     named_whole = takes_whole(candidates[0].engine)  # nothing is converted then, and no other engine has a share
     resolved = option_module.resolve(options, candidates[:1] if named_whole else candidates)
+    if stages is not None:
+        resolved = option_module.one_core_each(resolved)
     asked_of_source = SourceRequest(example_inputs, input_names, output_names, resolved.source)
-    whole = WholeCompile(model, target, asked_of_source, options, asked, policy, verify, cache, progress)
+    whole = WholeCompile(
+        model,
+        target,
+        asked_of_source,
+        options,
+        asked,
+        policy,
+        verify,
+        cache,
+        progress,
+        divided_by="batch" if sizes else "cores" if stages is not None else None,
+    )
     if named_whole:
         return compile_whole(whole)
     if progress is not None:
@@ -176,7 +207,9 @@ def compile(
         from accelrt.tune.cuts import cut_tuner
 
         refine = cut_tuner(graph.signature, candidates, target, samples)
-    request = BuildRequest(str(target), candidates, resolved, source.format, asked, precisions, refine)
+    request = BuildRequest(
+        str(target), candidates, resolved, source.format, asked, precisions, sizes, stages, refine=refine
+    )
     return build(graph, request, fallback=policy, cache=cache, progress=progress, check=check)
 
 

@@ -28,6 +28,8 @@
     │   └── DeviceLost            the device went away while in use
     ├── ExecutionError            a segment failed on every engine that may run it
     ├── VerificationError         outputs that are further from the reference than the tolerance
+    ├── BatchError                batch sizes for a model whose rows are not proved to be independent
+    ├── RequestTimeout            a request that was not answered in its time
     └── SessionClosed             the session was closed
 
 Each message says what was asked, what was found and, as ``hint``, what to do next.
@@ -171,6 +173,14 @@ class VerificationError(AccelrtError):
     """Outputs that are further from the reference than the tolerance; ``report`` holds the figures."""
 
     report: Any = None
+
+
+class BatchError(AccelrtError):
+    """Batch sizes asked for of a model whose rows are not proved to be independent."""
+
+
+class RequestTimeout(AccelrtError, TimeoutError):
+    """A request that was not answered in its time; if its turn had not come, it is not computed."""
 
 
 class SessionClosed(AccelrtError):

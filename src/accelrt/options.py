@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -74,6 +74,17 @@ def take(cls: type, given: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any
     pending = dict(given or {})
     taken = {name: _checked(name, pending.pop(name), cls, name) for name in names & set(pending)}
     return cls(**taken), pending
+
+
+def one_core_each(options: Options) -> Options:
+    """Return the options of a pipeline: engines that would share each operator among all cores use one core.
+
+    By custom that is the option ``threads``, 0 for all cores; a number that was given stays.
+    """
+    engines = tuple(
+        replace(engine, threads=1) if getattr(engine, "threads", None) == 0 else engine for engine in options.engines
+    )
+    return replace(options, engines=engines)
 
 
 def _checked(key: str, value: Any, cls: type, name: str) -> Any:

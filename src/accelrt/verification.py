@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from accelrt import options as option_module
+from accelrt.artifact.parts import variant
 from accelrt.backend import CompileJob, Precision
 from accelrt.errors import CompileError, ExecutionError, InputError, OptionError, VerificationError
 from accelrt.graph.node import WEIGHTS_FILE
@@ -88,7 +89,8 @@ class Verifier:
         graph: The model as it was before anything was done to its precision.
         request: What to verify, and how.
         cache: Whether the reference may come from the compile cache.
-        known: What the reference gives for each call of the request, if that has been computed already.
+        known: What the reference gives for each call of the request, if that has been computed already; then nothing
+            else is compared.
 
     Raises:
         InputError: Inputs that do not fit the signature, or none at all; labels that fit no output.
@@ -110,6 +112,7 @@ class Verifier:
         self.labels = _labels(signature, request.labels)
         self._random = request.inputs is None
         self._known = None if known is None else (self._calls, list(known))
+        self._only_known = known is not None
 
     @property
     def given(self) -> Mapping[str, Value] | None:
@@ -151,7 +154,7 @@ class Verifier:
             default=DEFAULT_RELATIVE_L2["fp32"],
         )
         tolerances = tolerance_of(request.tolerance, signature, coarsest)
-        calls, wanted = self.reference()
+        calls, wanted = self._compared(artifact)
         with open_session(artifact, fallback="error") as session:
             found = [session.predict(call) for call in calls]
         outputs = compare(found, wanted, tolerances, self.labels)
@@ -172,6 +175,25 @@ class Verifier:
         )
         guilty = next(bad, calls[0])
         return replace(report, culprit=self._localise(artifact, guilty, Tolerance(strictest)))
+
+    def _compared(self, artifact: Artifact) -> tuple[list[Mapping[str, Value]], list[Mapping[str, Value]]]:
+        """Return the calls to compare an artifact on, and what the reference gives for each.
+
+        Those of `reference`, and a call for each batch size, unless whoever made this knows the reference already.
+        """
+        batches = [] if self._only_known else self._whole_batches(artifact)
+        return self._reference(self._graph, [*self._calls, *batches]) if batches else self.reference()
+
+    def _whole_batches(self, artifact: Artifact) -> list[Mapping[str, Value]]:
+        """Return a random call for each batch size that the artifact is specialised to, so that each is compared."""
+        if not self._random:
+            return []
+        signature, batches = self._graph.signature, []
+        ones = dict.fromkeys(symbolic_dimensions(signature), 1)
+        for size in artifact.manifest.batch_sizes:
+            rows = [random_inputs(signature, ones, self._request.seed + row) for row in range(size)]
+            batches.append({name: np.concatenate([row[name] for row in rows]) for name in signature.input_names})
+        return bind_calls(signature, batches)
 
     def _reference(
         self, graph: Graph, calls: Sequence[Mapping[str, Value]]
@@ -227,6 +249,15 @@ class Verifier:
     # Where it goes wrong
 
     def _localise(self, artifact: Artifact, call: Mapping[str, Value], tolerance: Tolerance) -> Culprit | None:
+        """Look in what is specialised to each batch size, with as many rows of the call, repeated as needed."""
+        for size in artifact.manifest.batch_sizes:
+            rows = {name: np.take(value, np.arange(size), 0, mode="wrap") for name, value in call.items()}
+            if (culprit := self._localise_in(variant(artifact, size), rows, tolerance)) is not None:
+                first = [segment.batch for segment in artifact.manifest.segments].index(size)
+                return replace(culprit, segment=first + culprit.segment)
+        return None if artifact.manifest.batch_sizes else self._localise_in(artifact, call, tolerance)
+
+    def _localise_in(self, artifact: Artifact, call: Mapping[str, Value], tolerance: Tolerance) -> Culprit | None:
         """Walk the segments to the first whose output leaves the tolerance, then bisect its nodes."""
         known = {name for node in self._graph.nodes for name in node.writes}
         borders = [n for s in artifact.manifest.segments for n in s.signature.output_names if n in known]

@@ -27,7 +27,8 @@ __all__ = ["WholeCompile", "compile_whole", "takes_whole", "whole_candidates"]
 class WholeCompile:
     """A call of `accelrt.compile` that may end in a model run whole; fields are its arguments, checked.
 
-    ``request`` holds the source's options. ``verify`` is None or what `accelrt.compile` was given.
+    ``request`` holds the source's options. ``verify`` is None or what `accelrt.compile` was given. ``divided_by`` is
+    ``batch`` or ``cores`` where that was asked for, else None.
     """
 
     model: Any
@@ -39,6 +40,7 @@ class WholeCompile:
     verify: Any = None
     cache: bool = True
     progress: Progress | None = None
+    divided_by: str | None = None
 
 
 def compile_whole(call: WholeCompile, failure: ConversionError | None = None) -> Artifact:
@@ -53,15 +55,27 @@ def compile_whole(call: WholeCompile, failure: ConversionError | None = None) ->
             can; says what was tried.
         SourceError: The model cannot be had whole.
         CompileError: The engine that was asked for by name refuses it.
+        OptionError: It is to be divided by ``batch`` or ``cores``.
     """
     from accelrt.sources import whole_source
 
+    if failure is None and call.divided_by is not None:
+        raise _not_divided(call, "The target names an engine of whole models")
     source = whole_source(call.model, call.request)
     if failure is None:
         return _by_name(call, source)
     if source is None or call.target.engine is not None or call.fallback == "error":
         raise failure
+    if call.divided_by is not None:
+        raise _not_divided(call, failure.message.rstrip(".")) from failure
     return _instead(call, source, failure)
+
+
+def _not_divided(call: WholeCompile, why: str) -> OptionError:
+    return OptionError(
+        f"{why}, and a model that runs whole takes no {call.divided_by!r}.",
+        hint=f"Leave {call.divided_by} out, or compile a model that converts to ONNX, for an engine that takes it.",
+    )
 
 
 def whole_candidates(target: Target, source: WholeSource) -> list[tuple[Candidate, str | None]]:

@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 
 import accelrt
 from accelrt.artifact.artifact import open_artifact
-from accelrt.artifact.manifest import MANIFEST, PLACEMENT, SOURCE, Manifest
+from accelrt.artifact.manifest import MANIFEST, PLACEMENT, SCHEMA, SOURCE, Manifest
 from accelrt.errors import AccelrtError, ArtifactVersionError, CorruptArtifact
 from accelrt.partition.report import Placement
 from accelrt.testing import models
@@ -394,7 +394,7 @@ def test_not_an_artifact_at_all(good: Good, box: Box) -> None:
 # ---------------------------------------------------------------- the manifest
 
 
-@pytest.mark.parametrize("schema", [2, 3, 10**9, 10**400])
+@pytest.mark.parametrize("schema", [SCHEMA + 1, SCHEMA + 2, 10**9, 10**400])
 def test_newer_schemas_say_so(schema: int, good: Good, box: Box) -> None:
     error = box.attack(sealed(good.members, {**good.manifest, "schema": schema}), good)
     assert isinstance(error, ArtifactVersionError)

@@ -63,3 +63,8 @@ def test_what_an_onnx_model_has_no_use_for_is_refused() -> None:
 def test_policies_are_three() -> None:
     with pytest.raises(OptionError, match="fallback must be one of warn, allow, error"):
         accelrt.compile(digits_model(), fallback="never")
+
+
+def test_an_option_of_any_type_takes_any_value() -> None:
+    shapes = ({0: "n"},)
+    assert resolve({"dynamic_shapes": shapes}, ()).source.dynamic_shapes is shapes

@@ -316,6 +316,18 @@ def test_other_refusals_are_typed() -> None:
         whole(linear, x, threads=1000)
 
 
+@pytest.mark.parametrize("how", [{"batch": (1, 8)}, {"cores": 2}])
+def test_what_runs_whole_is_not_divided(how: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"names an engine of whole models.* takes no '{next(iter(how))}'"):
+        accelrt.compile(torch.nn.Linear(4, 2), "cpu/torch", example_inputs=(torch.randn(1, 4),), options=EAGER, **how)
+    examples = (torch.randn(3, 4), torch.randn(4))
+    with pytest.raises(OptionError, match=f"_linalg_svd.* takes no '{next(iter(how))}'") as caught:
+        accelrt.compile(Singular(), example_inputs=examples, **how)
+    assert isinstance(caught.value.__cause__, ConversionError)
+    with pytest.raises(ConversionError):  # nothing would run it whole
+        accelrt.compile(Singular(), fallback="error", example_inputs=examples, **how)
+
+
 def test_a_model_that_remembers_is_refused() -> None:
     class Counter(torch.nn.Module):
         def __init__(self) -> None:

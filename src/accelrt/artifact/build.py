@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Any
 
 from accelrt.artifact.artifact import Artifact
 from accelrt.artifact.cache import Cache, Entry
-from accelrt.artifact.manifest import SCHEMA, SOURCE, VERIFICATION, Manifest, SegmentRecord
+from accelrt.artifact.manifest import MAX_BATCH, SCHEMA, SOURCE, VERIFICATION, Manifest, SegmentRecord
 from accelrt.artifact.refine import Refine, Workbench
 from accelrt.artifact.store import describe_file, describe_files, finish, merge_program, write_placement
 from accelrt.backend import CompileJob, Precision, Program
-from accelrt.errors import ArtifactError, CompileError
+from accelrt.errors import ArtifactError, BatchError, CompileError, OptionError
+from accelrt.graph.bind import bind_first_dimension
 from accelrt.graph.model import Graph
 from accelrt.graph.node import WEIGHTS_FILE
 from accelrt.graph.weights import WeightFile
@@ -28,7 +29,9 @@ from accelrt.options import Options
 from accelrt.partition.assign import assign
 from accelrt.partition.cost import Partition, partition
 from accelrt.partition.cut import Piece
-from accelrt.partition.report import apply_policy, place
+from accelrt.partition.report import Placement, apply_policy, merge, place
+from accelrt.partition.rows import BatchAxis, prove_batch_axis
+from accelrt.partition.stages import StagePlan, stage_pieces
 from accelrt.policy import Fallback
 from accelrt.registry import Candidate
 
@@ -54,8 +57,13 @@ class BuildRequest:
     """Everything that decides what a compile gives; two equal requests give equal artifacts, but for what is measured.
 
     ``precision`` is what was asked for, ``precisions`` what each candidate computes in: its default if left out.
-    ``refine`` improves the cut before its artifact is written.
-    The engines among ``candidates`` are replaced by what their options make of them.
+    ``batch`` holds the batch sizes to specialise to, ascending, none for what the signature says; ``stages`` says into
+    how many stages to cut, None for no pipeline. ``refine`` improves the cut before its artifact is written; it is of
+    one cut in one piece, so neither of the two goes with it. The engines among ``candidates`` are replaced by what
+    their options make of them.
+
+    Raises:
+        OptionError: ``refine`` together with ``batch`` or ``stages``.
     """
 
     target: str
@@ -64,6 +72,8 @@ class BuildRequest:
     source_format: str
     precision: Precision | None = None
     precisions: tuple[Precision, ...] = ()
+    batch: tuple[int, ...] = ()
+    stages: StagePlan | None = None
     refine: Refine | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +83,8 @@ class BuildRequest:
         pairs = zip(self.candidates, self.options.engines, strict=True)
         made = tuple(replace(one, engine=one.engine.with_options(options)) for one, options in pairs)
         object.__setattr__(self, "candidates", made)
+        if self.refine is not None and (self.batch or self.stages is not None):
+            raise tuned_apart("batch" if self.batch else "cores")
 
     def key(self, graph: Graph, check: Check | None = None) -> str:
         """Return the name under which the result is cached: model, toolchains, options, format, check, tuning."""
@@ -84,6 +96,8 @@ class BuildRequest:
             "source_format": self.source_format,
             "precision": self.precision,
             "check": None if check is None else check.key,
+            "batch": self.batch,
+            "stages": None if self.stages is None else asdict(self.stages),
             "refine": None if self.refine is None else self.refine.key,
             "partition": asdict(self.options.partition),
             "candidates": [
@@ -94,6 +108,42 @@ class BuildRequest:
             ],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def batch_sizes(given: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Read the argument ``batch``: ascending sizes, none for None.
+
+    Raises:
+        OptionError: Not a positive number, or several.
+    """
+    if given is None:
+        return ()
+    sizes: list[Any] = list(given) if isinstance(given, Sequence) else [given]
+    if not sizes or any(type(size) is not int or not 1 <= size <= MAX_BATCH for size in sizes):
+        raise OptionError(
+            f"batch takes a number of rows from 1 to {MAX_BATCH}, or several, not {given!r}.", hint="batch=(1, 8)"
+        )
+    return tuple(sorted(set(sizes)))
+
+
+def stage_plan(cores: int | StagePlan | None) -> StagePlan | None:
+    """Read the argument ``cores``: None for one core, which needs no pipeline.
+
+    Raises:
+        OptionError: Not a positive number.
+    """
+    if cores is None:
+        return None
+    plan = cores if isinstance(cores, StagePlan) else StagePlan(cores)
+    return plan if plan.count > 1 else None
+
+
+def tuned_apart(other: str) -> OptionError:
+    """Return the error that an argument does not go together with ``tune=True``."""
+    return OptionError(
+        f"tune=True is not offered together with {other}.",
+        hint="Leave one out; measured_plan() measures the stages of a pipeline.",
+    )
 
 
 def build(
@@ -168,42 +218,51 @@ def build_into(folder: Path, graph: Graph, request: BuildRequest, progress: Prog
 def _compile_into(
     folder: Path, graph: Graph, request: BuildRequest, progress: Progress | None, check: Check | None
 ) -> tuple[Manifest, str]:
+    axis = _batch_axis(graph, request.batch)
     weights = WeightFile(folder / WEIGHTS_FILE)
     graph.write(folder / SOURCE, weights)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="programs-") as scratch:
-        workshop = _Workshop(graph, request, weights, folder, Path(scratch), progress or (lambda *_: None))
-        cut = workshop.compile_all()
-        refined = None
-        if request.refine is not None:
-            refined = request.refine.run(workshop.bench(cut))
-            cut = refined.partition
-        programs = [workshop.program(piece) for piece in cut.pieces]
-        placement = place(
-            request.target,
-            graph,
-            request.candidates,
-            request.precisions,
-            cut,
-            request.precision,
-            None if refined is None else refined.seconds,
-            None if refined is None else refined.tuning,
-        )
-        segments = tuple(
-            _record(request, piece.owner, program, merge_program(index, program, folder, weights))
-            for index, (piece, program) in enumerate(zip(cut.pieces, programs, strict=True))
-        )
+        segments: list[SegmentRecord] = []
+        placements: list[Placement] = []
+        for batch, variant in _variants(graph, axis, request.batch):
+            workshop = _Workshop(variant, request, weights, folder, Path(scratch), progress or (lambda *_: None))
+            cut = workshop.compile_all()
+            refined = None
+            if request.refine is not None:
+                refined = request.refine.run(workshop.bench(cut))
+                cut = refined.partition
+            programs = [workshop.program(piece) for piece in cut.pieces]
+            placements.append(
+                place(
+                    request.target,
+                    variant,
+                    request.candidates,
+                    request.precisions,
+                    cut,
+                    request.precision,
+                    None if refined is None else refined.seconds,
+                    None if refined is None else refined.tuning,
+                    batch,
+                )
+            )
+            stages = cut.stages or (None,) * len(cut.pieces)
+            for piece, stage, program in zip(cut.pieces, stages, programs, strict=True):
+                files = merge_program(len(segments), program, folder, weights)
+                segments.append(replace(_record(request, piece.owner, program, files), batch=batch, stage=stage))
     weights.close()
-    write_placement(folder, placement.to_json())
+    write_placement(folder, merge(placements).to_json())
     manifest = Manifest(
         accelrt=version("accelrt"),
         target=request.target,
         signature=graph.signature,
-        segments=segments,
+        segments=tuple(segments),
         files=describe_files(folder),
         options={
             "partition": asdict(request.options.partition),
             **({} if request.precision is None else {"precision": request.precision}),
             **({} if request.refine is None else {"tune": True}),
+            **({} if axis is None else {"batch": {"sizes": list(request.batch), **asdict(axis)}}),
+            **({} if request.stages is None else _stage_record(request.stages)),
         },
         source_format=request.source_format,
     )
@@ -214,6 +273,35 @@ def _compile_into(
         (folder / VERIFICATION).write_bytes(json.dumps(found, separators=(",", ":")).encode())
         manifest = replace(manifest, files={**manifest.files, VERIFICATION: describe_file(folder / VERIFICATION)})
     return manifest, finish(folder, manifest)
+
+
+def _stage_record(plan: StagePlan) -> dict[str, Any]:
+    return {"cores": plan.count, "stage_costs": "estimated" if plan.costs is None else "given"}
+
+
+def _batch_axis(graph: Graph, sizes: Sequence[int]) -> BatchAxis | None:
+    """Prove that a model may be specialised to batch sizes, if that is asked for.
+
+    Raises:
+        BatchError: Its rows are not proved to be independent.
+    """
+    if not sizes:
+        return None
+    axis = prove_batch_axis(graph, sizes)
+    if not axis.proved:
+        raise BatchError(
+            f"The model cannot be compiled for batch sizes {', '.join(map(str, sizes))}: {axis.reason}.",
+            hint="Leave out batch=, and pass whole batches to predict.",
+        )
+    return axis
+
+
+def _variants(graph: Graph, axis: BatchAxis | None, sizes: Sequence[int]) -> Iterator[tuple[int | None, Graph]]:
+    if axis is None or not graph.nodes:  # a model that computes nothing takes any batch
+        yield None, graph
+        return
+    for size in sizes:
+        yield size, bind_first_dimension(graph, size)
 
 
 def _record(request: BuildRequest, owner: int, program: Program, files: Mapping[str, str]) -> SegmentRecord:
@@ -281,6 +369,10 @@ class _Workshop:
                 request.options.partition.min_segment_nodes,
                 refused,
             )
+            if request.stages is not None:
+                staged = stage_pieces(graph, cut.pieces, request.stages)
+                stages = tuple(one.stage for one in staged)
+                cut = replace(cut, pieces=tuple(one.piece for one in staged), stages=stages)
             failure = self._compile_pieces(cut.pieces)
             if failure is None:
                 return cut

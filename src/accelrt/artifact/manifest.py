@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby, pairwise
 from typing import Any
 
 from accelrt.errors import ArtifactVersionError, CorruptArtifact
 from accelrt.graph.types import Signature
 
 FORMAT = "accelrt"
-SCHEMA = 1
+SCHEMA = 2
+"""The newest schema. What schema 1 can say is written as schema 1, so that older readers still read it."""
 MANIFEST = "manifest.json"
 PLACEMENT = "placement.json"
 VERIFICATION = "verification.json"
@@ -20,6 +22,7 @@ CANDIDATES = "candidates.json"
 SOURCE = "source.onnx"
 MAX_BYTES = 64 << 20
 MAX_FILES = 10_000
+MAX_BATCH = 1 << 20
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -35,7 +38,11 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class SegmentRecord:
-    """A compiled segment: the engine, what the program depends on, and where its files are."""
+    """A compiled segment: the engine, what the program depends on, and where its files are.
+
+    ``batch`` is the batch size that it was specialised to, None for any; ``stage`` the stage of the pipeline that it
+    belongs to, None in a model that is no pipeline.
+    """
 
     backend: str
     engine: str
@@ -44,6 +51,8 @@ class SegmentRecord:
     files: Mapping[str, str]
     fingerprint: Mapping[str, str]
     options: Mapping[str, Any]
+    batch: int | None = None
+    stage: int | None = None
 
     @property
     def name(self) -> str:
@@ -74,11 +83,21 @@ class Manifest:
         found = self.options.get("whole")
         return found if isinstance(found, str) else None
 
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Batch sizes that the model is specialised to, ascending; empty if it takes what its signature says."""
+        return tuple(dict.fromkeys(segment.batch for segment in self.segments if segment.batch is not None))
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline that the model is, 0 if it is none."""
+        return max((segment.stage + 1 for segment in self.segments if segment.stage is not None), default=0)
+
     def dump(self) -> bytes:
         """Return the manifest as canonical JSON: equal manifests are equal bytes."""
         data = {
             "format": FORMAT,
-            "schema": SCHEMA,
+            "schema": SCHEMA if self.batch_sizes else 1,
             "accelrt": self.accelrt,
             "target": self.target,
             "source_format": self.source_format,
@@ -93,6 +112,8 @@ class Manifest:
                     "files": dict(segment.files),
                     "fingerprint": dict(segment.fingerprint),
                     "options": dict(segment.options),
+                    **({} if segment.batch is None else {"batch": segment.batch}),
+                    **({} if segment.stage is None else {"stage": segment.stage}),
                 }
                 for segment in self.segments
             ],
@@ -123,19 +144,19 @@ class Manifest:
                 hint="Upgrade accelrt, or compile the model again.",
             )
         try:
-            manifest = _manifest(document)
+            manifest = _manifest(document, schema)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptArtifact(f"The manifest is malformed: {type(error).__name__}: {error}.") from error
         _check(manifest)
         return manifest
 
 
-def _manifest(document: Mapping[str, Any]) -> Manifest:
+def _manifest(document: Mapping[str, Any], schema: int) -> Manifest:
     return Manifest(
         accelrt=_text(document["accelrt"]),
         target=_text(document["target"]),
         signature=Signature.from_json(document["signature"]),
-        segments=tuple(_segment(item) for item in _list(document["segments"])),
+        segments=tuple(_segment(item, schema) for item in _list(document["segments"])),
         files={
             _name(name): FileRecord(_match(_SHA256, record["sha256"]), _size(record["size"]))
             for name, record in _mapping(document["files"]).items()
@@ -145,7 +166,7 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
     )
 
 
-def _segment(item: Mapping[str, Any]) -> SegmentRecord:
+def _segment(item: Mapping[str, Any], schema: int) -> SegmentRecord:
     return SegmentRecord(
         backend=_text(item["backend"]),
         engine=_text(item["engine"]),
@@ -154,6 +175,8 @@ def _segment(item: Mapping[str, Any]) -> SegmentRecord:
         files={_name(key): _name(value) for key, value in _mapping(item["files"]).items()},
         fingerprint={_text(key): _text(value) for key, value in _mapping(item["fingerprint"]).items()},
         options=_mapping(item["options"]),
+        batch=_count(item["batch"], 1, MAX_BATCH) if schema >= 2 and "batch" in item else None,
+        stage=_count(item["stage"], 0, MAX_FILES) if "stage" in item else None,
     )
 
 
@@ -162,8 +185,25 @@ def _check(manifest: Manifest) -> None:
         raise CorruptArtifact(f"The manifest lists {len(manifest.files)} files; {MAX_FILES} is the most.")
     if MANIFEST in manifest.files:
         raise CorruptArtifact("The manifest lists itself.")
+    runs = [(batch, list(group)) for batch, group in groupby(enumerate(manifest.segments), lambda item: item[1].batch)]
+    sizes = [batch or 0 for batch, _ in runs]
+    if (0 in sizes and len(sizes) > 1) or sizes != sorted(set(sizes)):
+        raise CorruptArtifact(f"Segments are not in order of their batch sizes: {sizes}.")
+    for _, segments in runs or [(None, [])]:
+        _check_run(manifest, segments)
+    if len(counts := {segments[-1][1].stage for _, segments in runs}) > 1:
+        raise CorruptArtifact(f"Batch sizes differ in their last stage: {counts}.")
+
+
+def _check_run(manifest: Manifest, segments: Sequence[tuple[int, SegmentRecord]]) -> None:
+    """Check the segments that one call runs, each with its index."""
     available = set(manifest.signature.input_names)
-    for index, segment in enumerate(manifest.segments):
+    stages = [segment.stage for _, segment in segments]
+    steps = [-1 if stage is None else stage for stage in stages]
+    jumps = any(later - earlier not in (0, 1) for earlier, later in pairwise(steps))
+    if set(stages) != {None} and stages and (steps[0] != 0 or jumps):
+        raise CorruptArtifact(f"Segments are not in order of their stages: {stages}.")
+    for index, segment in segments:
         if missing := sorted(set(segment.files.values()) - set(manifest.files)):
             raise CorruptArtifact(f"Segment {index} needs the file {missing[0]!r}, which the manifest does not list.")
         if missing := sorted(set(segment.signature.input_names) - available):
@@ -171,6 +211,12 @@ def _check(manifest: Manifest) -> None:
         available.update(segment.signature.output_names)
     if missing := sorted(set(manifest.signature.output_names) - available):
         raise CorruptArtifact(f"No segment produces the output {missing[0]!r}.")
+
+
+def _count(value: object, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{value!r} is not a number from {least} to {most}")
+    return value
 
 
 def _text(value: object) -> str:

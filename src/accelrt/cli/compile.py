@@ -80,6 +80,13 @@ def compile_(
         PrecisionName | None,
         typer.Option("--precision", "-p", help="What the engine asked for computes in; else its default."),
     ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", help="Batch sizes to specialise to; a session then takes any.", metavar="1,8"),
+    ] = None,
+    cores: Annotated[
+        int | None, typer.Option("--cores", help="Cut into so many stages of a pipeline, one core each.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Hold the numbers against the reference; `accelrt verify` says more.")
     ] = False,
@@ -143,6 +150,8 @@ def compile_(
             latency_budget=None if latency_budget is None else latency_budget / 1e3,
             percentile=percentile,
             tune=tune,
+            batch=None if batch is None else _sizes(batch),
+            cores=cores,
             cache=cache,
             progress=progress,
         )
@@ -158,6 +167,13 @@ def _call(path: Path) -> Any:
     """Return the inputs of one call: by name, or the only one."""
     content = read_file(path)
     return content if isinstance(content, dict) else (content,)
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,8.", param_hint="--batch") from None
 
 
 def _check_output(model: Path, output: Path) -> None:

@@ -174,6 +174,10 @@ class Graph:
         proto.graph.value_info.extend(declared)
         return Graph(proto, self.weights, self._digests)
 
+    def with_proto(self, proto: onnx.ModelProto) -> Graph:
+        """Return a graph of another structure over the same weights."""
+        return Graph(proto, self.weights, self._digests)
+
     def _value_info(self, name: str) -> onnx.ValueInfoProto:
         return onnx.ValueInfoProto(name=name, type=to_type_proto(self._typed(name)))
 

@@ -15,10 +15,14 @@ from accelrt.registry import Candidate
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """A finished cut: pieces in the order in which they run, and the verdicts behind them."""
+    """A finished cut: pieces in the order in which they run, and the verdicts behind them.
+
+    ``stages`` holds for each piece the stage of the pipeline that it belongs to; empty if the model is no pipeline.
+    """
 
     pieces: tuple[Piece, ...]
     verdicts: tuple[tuple[Verdict | None, ...], ...]
+    stages: tuple[int, ...] = ()
 
 
 def partition(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,8 @@ class SegmentPlace:
     ``weight_bytes`` counts the weights its nodes read. ``bytes_in`` and ``bytes_out`` count what crosses from and to
     other segments on each run, None where a dimension is open. ``nature`` says whether the engine is real,
     emulated or a stand-in. ``seconds`` is the median of one run as it was measured, transfer included, None if the
-    model was not tuned.
+    model was not tuned. ``batch`` is the batch size it is specialised to, None for any; ``stage`` the stage of the
+    pipeline it belongs to, None if there is no pipeline.
     """
 
     engine: str
@@ -65,6 +66,8 @@ class SegmentPlace:
     bytes_in: int | None
     bytes_out: int | None
     seconds: float | None = None
+    batch: int | None = None
+    stage: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +195,9 @@ class Placement:
             if data[name] is None:
                 del data[name]
         for segment in data["segments"]:
-            if segment["seconds"] is None:
-                del segment["seconds"]
+            for name in ("seconds", "batch", "stage"):
+                if segment[name] is None:
+                    del segment[name]
         return data
 
     @classmethod
@@ -227,9 +231,12 @@ class Placement:
         # Names come from models and hold brackets, which rich would take for markup: `Text` keeps it from that.
         asked = "" if self.precision is None else f" in {self.precision}"
         count = _count(total, "node") if self.whole is None else "the whole model"
-        title = Text(f"{self.target}{asked}: {count} in {_count(len(self.segments), 'segment')}")
+        sizes = list(dict.fromkeys(str(segment.batch) for segment in self.segments if segment.batch is not None))
+        counted = f" for batch sizes {', '.join(sizes)}" if sizes else ""
+        title = Text(f"{self.target}{asked}: {count} in {_count(len(self.segments), 'segment')}{counted}")
         table = Table(title=title, title_justify="left")
-        for heading in ("#", "engine", "precision"):
+        kinds = [k for k in ("batch", "stage") if any(getattr(segment, k) is not None for segment in self.segments)]
+        for heading in ("#", *kinds, "engine", "precision"):
             table.add_column(heading, no_wrap=True)
         timed = any(segment.seconds is not None for segment in self.segments)
         for heading in (*(("time",) if timed else ()), "nodes", "weights", "in", "out"):
@@ -238,6 +245,7 @@ class Placement:
         for index, segment in enumerate(self.segments):
             table.add_row(
                 str(index),
+                *(str(getattr(segment, kind)) for kind in kinds),
                 Text(
                     segment.engine + mark_of(segment.nature),
                     style="" if self._as_asked(segment) else "yellow",
@@ -347,6 +355,7 @@ def _segment(data: Mapping[str, Any]) -> SegmentPlace:
         None if data["bytes_in"] is None else _size(data["bytes_in"]),
         None if data["bytes_out"] is None else _size(data["bytes_out"]),
         _seconds(data["seconds"]) if "seconds" in data else None,
+        *(_size(data[key]) if key in data else None for key in ("batch", "stage")),
     )
 
 
@@ -417,8 +426,12 @@ def place(
     precision: str | None = None,
     seconds: Sequence[float] | None = None,
     tuning: Tuning | None = None,
+    batch: int | None = None,
 ) -> Placement:
-    """Describe a partition of a graph; ``seconds`` are the times of its pieces, if they were measured."""
+    """Describe a partition of a graph, which may be specialised to a batch size.
+
+    ``seconds`` are the times of its pieces, if they were measured.
+    """
     last_use = _readers(graph, partition)
     outputs = set(graph.signature.output_names)
     segments = []
@@ -443,6 +456,8 @@ def place(
                 _total(graph, entering),
                 _total(graph, leaving),
                 None if seconds is None else seconds[number],
+                batch,
+                partition.stages[number] if partition.stages else None,
             )
         )
     refusals = tuple(
@@ -452,6 +467,15 @@ def place(
         if verdict is not None and not verdict.supported
     )
     return Placement(target, candidates[0].name, tuple(segments), refusals, precision, tuning)
+
+
+def merge(placements: Sequence[Placement]) -> Placement:
+    """Return the placements of one model for several batch sizes as one; each refusal is there once."""
+    return replace(
+        placements[0],
+        segments=tuple(segment for placement in placements for segment in placement.segments),
+        refusals=tuple(dict.fromkeys(refusal for placement in placements for refusal in placement.refusals)),
+    )
 
 
 def _readers(graph: Graph, partition: Partition) -> dict[str, set[int]]:

@@ -9,7 +9,8 @@ from queue import SimpleQueue
 from accelrt.errors import DeviceLost
 from accelrt.graph.types import Value
 from accelrt.runtime.faults import Faults, one_line
-from accelrt.runtime.replica import Outputs, Replica, ReplicaRetired
+from accelrt.runtime.replica import Replica, ReplicaRetired
+from accelrt.runtime.runner import Outputs
 
 
 class Dispatcher:
@@ -26,8 +27,7 @@ class Dispatcher:
 
     def __init__(self, replicas: Sequence[Replica], faults: Faults, turns: Sequence[int]) -> None:
         self._faults = faults
-        self._alive = list(replicas)
-        self._count = len(replicas)
+        self._all, self._alive = tuple(replicas), list(replicas)
         self._lock = threading.Lock()
         self._idle: SimpleQueue[Replica] = SimpleQueue()
         for turn in range(max(turns)):
@@ -56,6 +56,11 @@ class Dispatcher:
             finally:
                 self._idle.put(replica)
 
+    def close(self) -> None:
+        """Close all replicas, those that were retired too; no call is under way any more."""
+        for replica in self._all:
+            replica.close()
+
     def _retire(self, replica: Replica, error: DeviceLost) -> bool:
         """Take a replica out of service if another one is left; tell whether it is out."""
         with self._lock:
@@ -69,6 +74,6 @@ class Dispatcher:
         self._faults.say(
             f"replica on {','.join(replica.devices)} {id(replica)}",
             f"{', '.join(replica.devices) or 'A replica'} is lost; its calls go to the other "
-            f"{left} of {self._count} replicas: {one_line(error)}",
+            f"{left} of {len(self._all)} replicas: {one_line(error)}",
         )
         return True

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from accelrt import options as option_module
 from accelrt.artifact.artifact import Artifact
@@ -36,11 +36,13 @@ from accelrt.policy import Fallback, announce
 from accelrt.precision.plan import plan, precision_named
 from accelrt.registry import CPU, REGISTRY, Candidate, devices_of, find_engine, status_of, unavailable
 from accelrt.runtime.asked import Asked, workers_of
+from accelrt.runtime.compose import assemble, divide
 from accelrt.runtime.dispatch import Dispatcher
 from accelrt.runtime.faults import Faults, StandIn
 from accelrt.runtime.ledger import LEDGER, Holders
 from accelrt.runtime.place import Spot, place
-from accelrt.runtime.replica import Replica, Runner, Step
+from accelrt.runtime.replica import Replica, Step
+from accelrt.runtime.runner import Runner
 from accelrt.runtime.session import Session
 from accelrt.target import Target, parse
 
@@ -48,6 +50,9 @@ logger = logging.getLogger("accelrt")
 
 
 _NUMBERS = itertools.count(1)
+
+_Parts: TypeAlias = "Mapping[int | None, Sequence[_PartLoader]]"
+"""The stages for each batch size, as `divide` gives them."""
 
 
 def open_session(
@@ -154,6 +159,7 @@ def _rebuilt(artifact: Artifact, target: Target, reason: AccelrtError, fallback:
         return _rebuilt_whole(artifact, target, reason, fallback)
     # Brings in the graph libraries, which loading can do without.
     from accelrt.artifact.build import BuildRequest, build
+    from accelrt.partition.stages import StagePlan
 
     if fallback == "error" or not artifact.manifest.has_source:
         if not artifact.manifest.has_source:
@@ -171,7 +177,14 @@ def _rebuilt(artifact: Artifact, target: Target, reason: AccelrtError, fallback:
         asked = precision_named(asked)
     candidates, precisions = plan(candidates, asked)
     request = BuildRequest(
-        str(target), candidates, _recorded(artifact, candidates), artifact.manifest.source_format, asked, precisions
+        str(target),
+        candidates,
+        _recorded(artifact, candidates),
+        artifact.manifest.source_format,
+        asked,
+        precisions,
+        artifact.manifest.batch_sizes,
+        StagePlan(count) if (count := artifact.manifest.stages) else None,
     )
     return build(artifact.source_graph(), request, fallback=fallback)
 
@@ -222,15 +235,18 @@ class _Loader:
         workers = workers_of(self.asked, self.artifact.manifest)
         faults = Faults(self.fallback)
         with ExitStack() as stack:
+            parts = {
+                size: [_PartLoader(part, self.target, self.asked, self.fallback, self.tried) for part in stages]
+                for size, stages in divide(self.artifact).items()
+            }
             # They hold on to the artifact, whose folder the programs are read from; closed last.
-            stand_ins = [StandIn(partial(self._stand_in, i)) for i in range(len(self.artifact.manifest.segments))]
-            for stand_in in stand_ins:
+            for stand_in in (one for row in parts.values() for part in row for one in part.stand_ins):
                 stack.callback(stand_in.close)
-            replicas = self._replicas(stack, stand_ins, faults)
+            replicas = self._replicas(stack, parts, faults)
             turns = [replica.parallelism for replica in replicas]
             if workers is not None:
                 turns = [-(-workers // len(replicas))] * len(replicas)
-            # The seam for what gathers or reorders calls: it is a Runner too, and goes around this one.
+            # What gathers or reorders calls would go around this one: it is a runner too.
             runner: Runner = replicas[0] if len(replicas) == 1 else Dispatcher(replicas, faults, turns)
             return Session(
                 self.artifact.signature,
@@ -241,42 +257,55 @@ class _Loader:
                 resources=stack.pop_all(),
             )
 
-    def _replicas(self, stack: ExitStack, stand_ins: Sequence[StandIn], faults: Faults) -> list[Replica]:
+    def _replicas(self, stack: ExitStack, parts: _Parts, faults: Faults) -> list[Replica]:
         """Load as many replicas as are asked for; leave out those that do not fit, while one does."""
+        # Devices that each stage needs: the programs for all batch sizes are loaded onto the same ones.
+        widths = [max(part.width for part in stage) for stage in zip(*parts.values(), strict=True)]
         spots: tuple[Spot, ...] | None
         refused: AccelrtError | None = None
         try:
-            spots = self._spots(stack)
+            spots = self._spots(stack, widths)
         except CoresUnavailable as error:
             if self.fallback == "error" or self.asked.explicit or self.target.backend == CPU:
                 raise
             spots, refused = None, error
+
+        def load(own: ExitStack, spot: Spot | None, *, strict: bool = False) -> Replica:
+            devices = self._devices(spot) if spot is not None else ()
+            shares = _shares(devices, widths)
+            loaded = {
+                size: [
+                    part.replica(own, share, faults, refused if spot is None else None, strict=strict)
+                    for part, share in zip(row, shares, strict=True)
+                ]
+                for size, row in parts.items()
+            }
+            names = tuple(device.name for device in devices)
+            replica = assemble(self.artifact.signature, faults, loaded, names)
+            own.callback(replica.close)
+            return replica
+
         if spots is None or len(spots) == 1:
-            devices = self._devices(spots[0]) if spots else ()
-            return [self._replica(stack, devices, stand_ins, faults, refused)]
+            return [load(stack, spots[0] if spots else None)]
         replicas: list[Replica] = []
         for spot in spots:
             with ExitStack() as own:
                 try:
-                    replicas.append(self._replica(own, self._devices(spot), stand_ins, faults, None, strict=True))
+                    replicas.append(load(own, spot, strict=True))
                     stack.push(own.pop_all())
                 except (DeviceError, IncompatibleProgram) as error:
                     if self.fallback == "error":
                         raise
                     refused = error
         if not replicas:
-            return [self._replica(stack, self._devices(spots[0]), stand_ins, faults, None)]
+            return [load(stack, spots[0])]
         if refused is not None:
             announce(self.fallback, f"{len(replicas)} of {len(spots)} replicas could be loaded: {refused}")
         return replicas
 
-    def _spots(self, stack: ExitStack) -> tuple[Spot, ...]:
+    def _spots(self, stack: ExitStack, widths: Sequence[int]) -> tuple[Spot, ...]:
         """Choose devices on the target's backend and hold them; one empty place for each replica that needs none."""
-        needs = []
-        for segment in self.artifact.manifest.segments:
-            if segment.backend == self.target.backend:
-                needs.append(_engine_of(segment).devices_needed(_options(_engine_of(segment), segment)))
-        if not needs:
+        if not any(widths):
             return (Spot((), ()),) * (self.asked.replicas or 1)
         backend = REGISTRY.backend(self.target.backend)
         named = self.asked.groups
@@ -286,6 +315,9 @@ class _Loader:
         groups = backend.groups(os.environ, devices)
         if not groups:
             raise CoresUnavailable(f"Backend {backend.name!r} has no device here.", backend=backend.name)
+        # Stages sit on neighbours, each on devices of its own; where there is but one device, they share it.
+        alone = sum(len(group.devices) for group in groups) == 1
+        needs = widths if alone else [sum(widths)]
 
         def choose(holders: Holders) -> tuple[Spot, ...]:
             return place(
@@ -314,11 +346,40 @@ class _Loader:
         found = {device.index: device for device in self._pool()[1]} if spot.devices else {}
         return tuple(found[index] for index in spot.devices)
 
-    def _replica(
+
+def _shares(devices: tuple[Device, ...], widths: Sequence[int]) -> list[tuple[Device, ...]]:
+    """Divide the devices of a replica among its stages, in order; if they do not suffice, all stages share them."""
+    if len(devices) < sum(widths):
+        return [devices[:width] for width in widths]
+    ends = list(itertools.accumulate(widths))
+    return [devices[end - width : end] for end, width in zip(ends, widths, strict=True)]
+
+
+class _PartLoader:
+    """Loads copies of one part of a model: all of it, or what is of one batch size or one stage.
+
+    ``stand_ins`` are shared by all copies, and closed by whoever made this.
+    """
+
+    def __init__(
+        self, artifact: Artifact, target: Target, asked: Asked, fallback: Fallback, tried: frozenset[str]
+    ) -> None:
+        self.artifact, self.target, self.asked, self.fallback, self.tried = artifact, target, asked, fallback, tried
+        self.stand_ins = [StandIn(partial(self._stand_in, index)) for index in range(len(artifact.manifest.segments))]
+
+    @property
+    def width(self) -> int:
+        """Devices of the target's backend that a copy needs, 0 if none."""
+        needs = [0]
+        for segment in self.artifact.manifest.segments:
+            if segment.backend == self.target.backend:
+                needs.append(_engine_of(segment).devices_needed(_options(_engine_of(segment), segment)))
+        return max(needs)
+
+    def replica(
         self,
         stack: ExitStack,
         devices: tuple[Device, ...],
-        stand_ins: Sequence[StandIn],
         faults: Faults,
         refused: AccelrtError | None,
         *,
@@ -331,7 +392,7 @@ class _Loader:
             refused: Why the target's backend has no devices for this session, if so.
         """
         steps, calls = [], 1
-        for segment, stand_in in zip(self.artifact.manifest.segments, stand_ins, strict=True):
+        for segment, stand_in in zip(self.artifact.manifest.segments, self.stand_ins, strict=True):
             backend = REGISTRY.backend(segment.backend)
             engine = _engine_of(segment)
             ours = segment.backend == self.target.backend

@@ -118,6 +118,7 @@ class SessionStats:
         moved: Calls that a lost replica left and another one took up.
         workers: Calls that `submit` and `map` have in flight at a time.
         replicas: What each copy of the model has done.
+        padding_rows: Rows that were computed to no use, to fill up batch sizes that the model is specialised to.
     """
 
     calls: int
@@ -128,3 +129,4 @@ class SessionStats:
     moved: int
     workers: int
     replicas: tuple[ReplicaStats, ...]
+    padding_rows: int

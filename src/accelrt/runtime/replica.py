@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from accelrt.backend import Executable
 from accelrt.errors import DeviceLost, ExecutionError, InputError, SessionClosed
@@ -15,19 +14,7 @@ from accelrt.graph.types import Signature, Value
 from accelrt.registry import CPU
 from accelrt.runtime.faults import Faults, StandIn, one_line, peek
 from accelrt.runtime.metrics import LatencyHistogram, ReplicaStats
-
-Outputs = dict[str, Value]
-
-
-class Runner(Protocol):
-    """What answers calls: a replica, several behind one face, or whatever is put before them (a batcher, a pipeline).
-
-    `run` may be called from many threads at once.
-    """
-
-    def run(self, feeds: Mapping[str, Value]) -> Outputs:
-        """Compute the model's outputs from inputs that were checked against the signature."""
-        ...
+from accelrt.runtime.runner import Outputs
 
 
 class ReplicaRetired(Exception):
@@ -82,7 +69,7 @@ class Replica:
         self.retired = False
         self.retire: Callable[[Replica, DeviceLost], bool] | None = None
         """Asked when a device is lost: True if others carry on, so that this replica is used no more."""
-        self._signature = signature
+        self.signature = signature
         self._steps = tuple(steps)
         self._was: tuple[str, ...] | None = None
         self._faults = faults
@@ -91,7 +78,7 @@ class Replica:
 
     @property
     def engines(self) -> tuple[str, ...]:
-        """What runs each segment now; after `detach`, what ran it last."""
+        """What runs each segment now; after `close`, what ran it last."""
         if self._was is not None:
             return self._was
         return tuple(step.engine if step.executable is not None else CPU for step in self._steps)
@@ -100,6 +87,11 @@ class Replica:
     def errors(self) -> int:
         """Runs of a segment that its engine failed."""
         return peek(self._failed)
+
+    @property
+    def padding_rows(self) -> int:
+        """Rows that were computed to no use."""
+        return 0
 
     def run(self, feeds: Mapping[str, Value]) -> Outputs:
         """Compute one call, and measure it.
@@ -120,7 +112,7 @@ class Replica:
             values.update(self._run_step(step, {name: values[name] for name in step.inputs}))
             for name in step.spent:
                 values.pop(name, None)
-        return {name: values[name] for name in self._signature.output_names}
+        return {name: values[name] for name in self.signature.output_names}
 
     def shortcut(self, drop: Callable[[], None]) -> Callable[[Mapping[str, Value]], Outputs] | None:
         """Return the short way of the common case: one segment that reads and yields exactly the model's values.
@@ -131,7 +123,7 @@ class Replica:
         if len(self._steps) != 1:
             return None
         (step,) = self._steps
-        whole = step.inputs == self._signature.input_names and step.outputs == self._signature.output_names
+        whole = step.inputs == self.signature.input_names and step.outputs == self.signature.output_names
         if step.executable is None or step.lock is not None or not whole:
             return None
         run = step.executable.run
@@ -160,8 +152,8 @@ class Replica:
         calls, busy_s = self._latency.totals()
         return ReplicaStats(self.devices, self.engines, calls, self.errors, busy_s, self.retired)
 
-    def detach(self) -> None:
-        """Let go of the programs, which the session closes; what was counted stays."""
+    def close(self) -> None:
+        """Let go of the programs, which the session closes; what was counted stays. Closing twice is no error."""
         self._was = self.engines
         self._steps, self.retire = (), None
 

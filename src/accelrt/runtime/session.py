@@ -18,7 +18,8 @@ from accelrt.runtime.faults import Faults, peek
 from accelrt.runtime.inputs import Binder
 from accelrt.runtime.metrics import LatencyHistogram, SessionStats
 from accelrt.runtime.pool import Feeder
-from accelrt.runtime.replica import Outputs, Replica, ReplicaRetired, Runner
+from accelrt.runtime.replica import Replica, ReplicaRetired
+from accelrt.runtime.runner import Outputs, Runner
 
 
 class Session:
@@ -39,6 +40,7 @@ class Session:
     ) -> None:
         self.signature = signature
         self._replicas = tuple(replicas)
+        self._runner = runner
         self._faults = faults
         self._resources = resources
         self._binder = Binder(signature)
@@ -85,10 +87,23 @@ class Session:
         finally:
             next(self._left)
 
+    @property
+    def capacity(self) -> int:
+        """Calls under way at once that keep the session busy; `submit` takes more, and queues them."""
+        return self._feeder.workers
+
+    def run(self, feeds: Mapping[str, Value]) -> Outputs:
+        """Compute the outputs of one call as `predict` does: a session is a runner too, for what gathers calls."""
+        return self.predict(feeds)
+
     def trace(self, *inputs: Any) -> Iterator[tuple[dict[str, Value], Outputs]]:
         """Compute one call segment by segment: yield what each one read and what it gave, in order.
 
+        A session for several batch sizes has no one order of segments: trace the part for one of them, see
+        `accelrt.artifact.parts.variant`.
+
         Raises:
+            ExecutionError: The session is for several batch sizes.
             Whatever `predict` raises, at the segment's turn.
         """
         try:
@@ -134,6 +149,7 @@ class Session:
             moved=self._faults.moved,
             workers=self._feeder.workers,
             replicas=replicas,
+            padding_rows=sum(replica.padding_rows for replica in self._replicas),
         )
 
     def close(self) -> None:
@@ -146,8 +162,7 @@ class Session:
         while peek(self._left) < peek(self._entered):
             time.sleep(0.0005)
         self._alone, self._run = None, _refuse
-        for replica in self._replicas:
-            replica.detach()
+        self._runner.close()
         self._resources.close()
 
     def __enter__(self) -> Self:
