@@ -28,7 +28,7 @@ from typing import Annotated
 import typer
 
 import accelrt
-from accelrt.cli import bench, compile, demo, doctor, explain, run, verify
+from accelrt.cli import bench, compile, cores, demo, doctor, explain, run, verify
 from accelrt.cli.common import INTERRUPTED, discard_stdout, flush_stdout
 
 EPILOG = (
@@ -63,6 +63,7 @@ def _app(
 
 
 app.command("doctor")(doctor.doctor)
+app.command("cores")(cores.cores)
 app.command("compile")(compile.compile_)
 app.command("explain")(explain.explain)
 app.command("run")(run.run)
