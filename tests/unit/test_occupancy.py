@@ -96,7 +96,7 @@ def test_a_target_narrows_the_list_and_must_exist(npu: type[Backend], neuron: No
         cores("neuron/emulator", {"colour": "red"})
     assert emulator_of("neuron:0-1") == "neuron/emulator:0,1"
     for target in ("cpu", "neuron/torch-neuronx"):
-        with pytest.raises(TargetError, match="no emulator|There is no"):
+        with pytest.raises(TargetError, match=r"no emulator|There is no"):
             emulator_of(target)
 
 

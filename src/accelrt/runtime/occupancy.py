@@ -130,7 +130,7 @@ def _occupancy(backend: Backend, engine: Engine | None, wanted: Target) -> Occup
     every = tuple(backend.devices() if own is None else own)
     pool = backend.name if own is None or engine is None else pool_name(f"{backend.name}/{engine.name}", every)
     groups = backend.groups(os.environ, every)
-    place = {index: (number, group.whole) for number, group in enumerate(groups) for index in group.devices}
+    place = {index: (number, group) for number, group in enumerate(groups) for index in group.devices}
     holders = LEDGER.holders(pool)
     others = backend.occupants() if own is None else {}
     chosen = every if wanted.devices is None else devices_of(backend, wanted.devices, engine)
@@ -142,9 +142,10 @@ def _occupancy(backend: Backend, engine: Engine | None, wanted: Target) -> Occup
         tuple(
             Core(
                 device,
-                *place.get(device.index, (None, False)),
-                tuple(holders.get(device.index, ())),
-                tuple(others.get(device.index, ())),
+                group=place[device.index][0] if device.index in place else None,
+                whole=device.index in place and place[device.index][1].whole,
+                holders=tuple(holders.get(device.index, ())),
+                others=tuple(others.get(device.index, ())),
             )
             for device in chosen
         ),
