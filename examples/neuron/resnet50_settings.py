@@ -42,7 +42,8 @@ def answers(model: Any, images: np.ndarray, given: Mapping[str, Any], rows: int)
         devices = ", ".join(session.stats().replicas[0].devices)
         print(f"  {placed} (emulated); segments: {len(artifact.placement.segments)}; cores: {devices}")
         scores = np.concatenate([outputs["scores"] for outputs in session.map(calls)])
-        print(f"  {len(calls)} calls of {rows} image{'s' * (rows > 1)}")
+        runs = f", in runs of {given['batch']}" if "batch" in given else ""
+        print(f"  {len(calls)} call{'s' * (len(calls) > 1)} of {rows} image{'s' * (rows > 1)}{runs}")
     return scores
 
 
