@@ -121,7 +121,9 @@ def _numbers(text: str | None, option: str) -> list[int]:
 
 def _tell(row: SetupRow, number: int, total: int) -> None:
     """Report a combination when it is done: a sweep takes minutes."""
-    result = row.reason if row.rows_per_s is None or not row.measured else f"{row.rows_per_s:,.4g} rows a second"
+    from accelrt.cli.bench_compare import rate
+
+    result = row.reason if row.rows_per_s is None else f"{rate(row.rows_per_s)} rows a second"
     err().print(f"{number}/{total} {row.setup}: {result}", soft_wrap=True)
 
 
@@ -196,6 +198,7 @@ def _show(document: Mapping[str, Any]) -> None:
             justify="left" if left else "right",
             no_wrap=number != len(setups.COLUMNS) - 1,
             overflow="fold",
+            min_width=11 if footnotes and number == len(setups.COLUMNS) - 1 else None,
         )
     for row in rows:
         table.add_row(*(row[number] for number in kept))

@@ -30,6 +30,7 @@ def chart_of(document: Mapping[str, Any]) -> Chart:
         f"one caller's latency over offline throughput, driver {document['driver']}, {document['seconds']:g} s each",
         f"{failed} of {len(document['rows'])} combinations failed" if failed else "",
         "stopped early" if document["interrupted"] else "",
+        "what is emulated says nothing about the hardware's speed" if document["note"] else "",
     ]
     return Chart(
         f"{PurePath(document['model']).name} on {machine}",
