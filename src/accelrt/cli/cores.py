@@ -91,7 +91,9 @@ def _show(one: Occupancy) -> None:
         console.print(f"{one.name}: {one.reason or 'no devices here'}\n", soft_wrap=True)
         return
     rule = "one session each" if one.exclusive else "shared by sessions"
-    console.print(f"{one.name}{mark_of(one.nature)}: {len(one.cores)} device{'s' * (len(one.cores) > 1)}, {rule}", soft_wrap=True)
+    console.print(
+        f"{one.name}{mark_of(one.nature)}: {len(one.cores)} device{'s' * (len(one.cores) > 1)}, {rule}", soft_wrap=True
+    )
     table = plain_table()
     for heading in ("device", "group", "memory", "held by", "what it is"):
         table.add_column(heading, no_wrap=heading != "what it is", overflow="fold")
