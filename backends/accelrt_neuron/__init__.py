@@ -46,5 +46,8 @@ class NeuronBackend(Backend):
         visible = visible_cores(environ, max(here, default=-1) + 1) if here else ()
         return core_groups(environ, [index for index in visible if index in here])
 
+    def occupants(self) -> Mapping[int, Sequence[str]]:
+        return discovery.occupants(self._root)
+
     def report(self) -> Mapping[str, Any]:
         return facts_of(self._root, {engine.name: engine.facts for engine in self._sdks})

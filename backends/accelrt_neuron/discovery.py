@@ -149,6 +149,31 @@ def logical_core_size(generation: Generation) -> int:
 
 def listing(root: Path = Path("/")) -> list[dict[str, Any]]:
     """Return what ``neuron-ls -j`` says, without the processes that it lists; empty where there is no such tool."""
+    # The command lines of processes may hold secrets.
+    return [{k: v for k, v in row.items() if k != "neuron_processes"} for row in _full_listing(root)]
+
+
+def occupants(root: Path = Path("/")) -> dict[int, tuple[str, ...]]:
+    """Return which other processes hold something on each core, by index, as ``neuron-ls -j`` has it.
+
+    The tool lists processes by chip and does not say on which of its cores they are, so each stands at every core of
+    the chip, and the text says so.
+    """
+    by_chip: dict[str, tuple[str, ...]] = {}
+    for row in _full_listing(root):
+        processes = row.get("neuron_processes")
+        listed = processes if isinstance(processes, list) else []
+        pids = {process.get("pid") for process in listed if isinstance(process, dict)} - {os.getpid()}
+        chip = row.get("neuron_device")
+        found = tuple(f"process {pid}, on chip {chip}" for pid in sorted(pid for pid in pids if type(pid) is int))
+        if found:
+            by_chip[str(chip)] = found
+    # Numbering cores takes the chips, which are looked for only if somebody holds any.
+    known = devices(root) if by_chip else ()
+    return {core.index: by_chip[core.properties["chip"]] for core in known if core.properties["chip"] in by_chip}
+
+
+def _full_listing(root: Path) -> list[dict[str, Any]]:
     own = root / _TOOL_FOLDER / TOOL
     tool = str(own) if own.is_file() else shutil.which(TOOL) if root == Path("/") else None
     if tool is None:
@@ -160,8 +185,7 @@ def listing(root: Path = Path("/")) -> list[dict[str, Any]]:
         return []
     if not isinstance(rows, list):
         return []
-    # The command lines of processes may hold secrets.
-    return [{k: v for k, v in row.items() if k != "neuron_processes"} for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def _from_tool(root: Path) -> Sequence[Chip]:

@@ -283,6 +283,14 @@ class Backend(ABC):
         indices = tuple(device.index for device in devices)
         return (Group(indices),) if indices else ()
 
+    def occupants(self) -> Mapping[int, Sequence[str]]:
+        """Return which other processes of this machine hold devices, by index, as texts: ``process 4242``.
+
+        For ``accelrt cores``. Only what the vendor's tools tell, and no command lines, which may hold secrets; by
+        default nothing is known. May take seconds; must not raise.
+        """
+        return {}
+
     def report(self) -> Mapping[str, Any]:
         """Return what somebody far away needs to see of this machine to find a fault: JSON, without secrets.
 

@@ -21,10 +21,32 @@ SAID = {
         "Refused: cpu/onnxruntime in bf16: 10 of 10",
     ],
     "save_and_load.py": ["digits.accel in another process: the same scores", "sources=False"],
+    "neuron/bert_core_groups.py": [
+        "model 6: ",
+        "neuron:7   group 0: session 1 (neuron/emulator)",
+        "neuron:15  group 6: session 7 (neuron/emulator)",
+        "7 models answered 8 calls each at the same time, all as on the CPU",
+        "nothing about the speed",
+    ],
+    "neuron/feed_sixteen_cores.py": [
+        "neuron:15",
+        "480 answers, in order, the same both ways",
+        "nothing about the speed",
+    ],
+    "neuron/resnet50_settings.py": [
+        "175 nodes on neuron/emulator (emulated)",
+        "the same class for 10 of 10",
+        "outputs agree",
+        "nothing about the speed",
+    ],
 }
+SLOW = {"neuron/resnet50_settings.py"}
+"""Those that take more than a few seconds."""
 
 
-@pytest.mark.parametrize("name", SAID)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.suite) if name in SLOW else name for name in SAID]
+)
 def test_example_runs(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, EXAMPLES / name], capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path
@@ -37,5 +59,9 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
 
 def test_readme_names_every_example() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    present = {path.name for path in EXAMPLES.glob("*.py")} | {"plugin/"}
+    scripts = {
+        path.relative_to(EXAMPLES).as_posix() for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("neuron/*.py"))
+    }
+    present = scripts | {"plugin/"}
     assert all(f"]({name})" in text for name in present)
+    assert set(SAID) <= scripts

@@ -14,7 +14,7 @@ Exit codes:
 With ``--json``, stdout holds exactly one JSON document and nothing else; messages and progress go to stderr. Numbers
 that JSON has no word for are the texts ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, complex ones pairs
 ``[real, imaginary]``. With exit code 3 the document is ``{"error": {"type": ..., "message": ..., "hint": ...}}``; after
-wrong usage or an interrupt there is none.
+wrong usage or an interrupt there is none, but for ``accelrt sweep``, whose document then holds what was measured.
 
 Importing this package imports neither numpy nor an engine: ``accelrt --help`` must be quick. The verbs import what they
 need when they run.
@@ -28,7 +28,7 @@ from typing import Annotated
 import typer
 
 import accelrt
-from accelrt.cli import bench, compile, demo, doctor, explain, run, verify
+from accelrt.cli import bench, compile, cores, demo, doctor, explain, run, sweep, verify
 from accelrt.cli.common import INTERRUPTED, discard_stdout, flush_stdout
 
 EPILOG = (
@@ -63,11 +63,13 @@ def _app(
 
 
 app.command("doctor")(doctor.doctor)
+app.command("cores")(cores.cores)
 app.command("compile")(compile.compile_)
 app.command("explain")(explain.explain)
 app.command("run")(run.run)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
+app.command("sweep")(sweep.sweep)
 app.command("demo")(demo.demo)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+from accelrt.backend import Device
 from accelrt.errors import CoresUnavailable
 from accelrt.runtime.place import Spot
 
@@ -77,6 +78,16 @@ class Ledger:
                     found[device] = (*found.get(device, ()), hold.owner)
         self._holds = alive
         return found
+
+
+def pool_name(engine: str, devices: Sequence[Device]) -> str:
+    """Return the name under which devices of an engine's own are held, apart from those of its backend.
+
+    Args:
+        engine: ``backend/engine``.
+        devices: All that the engine has. The first one's description tells one emulated machine from another.
+    """
+    return f"{engine} {devices[0].description if devices else ''}"
 
 
 LEDGER = Ledger()

@@ -39,7 +39,7 @@ from accelrt.runtime.asked import Asked, workers_of
 from accelrt.runtime.compose import assemble, divide
 from accelrt.runtime.dispatch import Dispatcher
 from accelrt.runtime.faults import Faults, StandIn
-from accelrt.runtime.ledger import LEDGER, Holders
+from accelrt.runtime.ledger import LEDGER, Holders, pool_name
 from accelrt.runtime.place import Spot, place
 from accelrt.runtime.replica import Replica, Step
 from accelrt.runtime.runner import Runner
@@ -339,7 +339,7 @@ class _Loader:
         backend = REGISTRY.backend(self.target.backend)
         for segment in self.artifact.manifest.segments:
             if segment.backend == backend.name and (own := _engine_of(segment).devices()) is not None:
-                return f"{segment.name} {own[0].description if own else ''}", tuple(own)
+                return pool_name(segment.name, own), tuple(own)
         return backend.name, devices_of(backend, None)
 
     def _devices(self, spot: Spot) -> tuple[Device, ...]:

@@ -297,6 +297,14 @@ class BackendContract:
         assert len(set(grouped)) == len(grouped)
         assert bool(grouped) == bool(indices)
 
+    def test_occupants_are_texts_by_device(self, backend: Backend) -> None:
+        indices = {device.index for device in backend.devices()}
+        occupants = backend.occupants()
+        assert set(occupants) <= indices
+        for texts in occupants.values():
+            assert not isinstance(texts, str), "a sequence of texts, one for each process"
+            assert all(isinstance(text, str) and text for text in texts)
+
     def test_status_says_the_version_or_what_is_missing(self, engine: Engine) -> None:
         status = engine.status()
         assert isinstance(status, Status)
