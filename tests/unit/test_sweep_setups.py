@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Iterator
@@ -32,10 +31,6 @@ from accelrt_neuron import NeuronBackend
 
 DIGITS = str(digits_model())
 EFFORT = Effort(0.01, 5, 1)
-
-divides = pytest.mark.skipif(
-    "batch" not in inspect.signature(accelrt.compile).parameters, reason="this accelrt compiles for no batch sizes"
-)
 
 
 @pytest.fixture
@@ -153,7 +148,6 @@ def test_a_model_that_is_compiled_or_absent_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "absent.onnx", combinations(["cpu"]))
 
 
-@divides
 def test_batches_and_pipelines_are_measured(npu: type[Backend]) -> None:
     rows = run(DIGITS, combinations(["npu"], batches=[2, 4], cores=[1, 2, 3]))
     assert [(row.setup.batch, row.setup.cores, row.measured) for row in rows] == [
@@ -165,7 +159,6 @@ def test_batches_and_pipelines_are_measured(npu: type[Backend]) -> None:
     assert isinstance(rows[2].error, CoresUnavailable)
 
 
-@divides
 def test_a_model_of_fixed_batch_fails_as_rows(perceptron: str) -> None:
     (row,) = run(perceptron, combinations(["cpu"], batches=[4]))
     assert row.stage == "compile" and "fixed to 1" in row.reason
