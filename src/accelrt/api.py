@@ -143,7 +143,7 @@ def compile(
     from accelrt.artifact.build import BuildRequest, build
     from accelrt.runtime.inputs import bind_examples
     from accelrt.sources import open_source
-    from accelrt.whole import WholeCompile, compile_whole
+    from accelrt.whole import WholeCompile, compile_whole, whole_if_it_can
 
     candidates, precisions = plan(REGISTRY.candidates(target), asked)
     named_whole = takes_whole(candidates[0].engine)  # nothing is converted then, and no other engine has a share
@@ -152,6 +152,8 @@ def compile(
     whole = WholeCompile(model, target, asked_of_source, options, asked, policy, verify, cache, progress)
     if named_whole:
         return compile_whole(whole)
+    if not tune and (found := whole_if_it_can(whole)) is not None:  # what is tuned is the cut of a graph
+        return found
     if progress is not None:
         progress("reading the model", 0, 1)
     try:
