@@ -1,6 +1,6 @@
 """An Inf2 script: trace, save, load, serve batches on every core. Only its import line is accelrt's.
 
-    ACCELRT_BACKEND=neuron/emulator python examples/neuron/inf2_resnet.py
+ACCELRT_BACKEND=neuron/emulator python examples/neuron/inf2_resnet.py
 """
 
 import tempfile

@@ -11,12 +11,13 @@ import torch
 import torch.utils._pytree as pytree
 
 from accelrt.compat.neuron import residents
+from accelrt.compat.neuron.calling import check_dynamic
 from accelrt.compat.neuron.compiling import vendors_errors
-from accelrt.compat.neuron.program import check_dynamic, numbers_in, programs_in, signature_of
+from accelrt.compat.neuron.program import numbers_in, programs_in, signature_of
 from accelrt.compat.neuron.residents import Placement
 
 
-class DataParallel(torch.nn.Module):
+class DataParallel(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
     """A traced module on several cores.
 
     Args:

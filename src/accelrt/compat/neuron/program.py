@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, List, Tuple  # noqa: UP035 - TorchScript'
 import torch
 
 from accelrt.compat.neuron import residents
+from accelrt.compat.neuron.calling import call
 from accelrt.compat.neuron.residents import Placement
 from accelrt.graph.types import Signature, TensorType, numpy_dtype
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _CONTEXT = threading.local()
 
 
-class Program(torch.nn.Module):
+class Program(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
     """One program. ``handle`` is a number of this process; ``packed`` the artifact's file."""
 
     def __init__(self, packed: torch.Tensor, handle: torch.Tensor) -> None:
@@ -38,11 +39,11 @@ class Program(torch.nn.Module):
     def forward(self, inputs: List[torch.Tensor]) -> List[torch.Tensor]:  # noqa: UP006
         return torch.ops.accelrt.neuron_run(self.handle, inputs, self.dynamic)  # type: ignore[no-any-return]
 
-    @torch.jit.export
+    @torch.jit.export  # type: ignore[untyped-decorator]
     def __getstate__(self) -> Tuple[torch.Tensor, bool, bool, bool]:  # noqa: UP006
         return (self.packed, self.dynamic, self.lazy, self.training)
 
-    @torch.jit.export
+    @torch.jit.export  # type: ignore[untyped-decorator]
     def __setstate__(self, state: Tuple[torch.Tensor, bool, bool, bool]) -> None:  # noqa: UP006
         self.packed = state[0]
         self.dynamic = state[1]
@@ -97,20 +98,6 @@ def signature_of(number: int) -> Signature:
     return residents.resident(number).artifact.signature
 
 
-def check_dynamic(signature: Signature) -> int:
-    """Return the batch that a program was traced with.
-
-    Raises:
-        ValueError: Dimension 0 is not one size that all inputs and outputs have in common.
-    """
-    sizes = {_shape(port.type)[0] if _shape(port.type) else None for port in (*signature.inputs, *signature.outputs)}
-    if len(sizes) != 1 or None in sizes:
-        raise ValueError(f"Dynamic batching needs one size of dimension 0 in all inputs and outputs: {signature}.")
-    size = sizes.pop()
-    assert size is not None
-    return size
-
-
 def _handle(number: int) -> torch.Tensor:
     handle = torch.tensor(number)
     residents.leave_with(handle, number)
@@ -130,53 +117,8 @@ def _run(handle: torch.Tensor, inputs: list[torch.Tensor], dynamic: bool) -> lis
     if (pretended := getattr(_CONTEXT, "outputs", None)) is not None:
         return [output.clone() for output in pretended]
     number = int(handle)
-    signature = signature_of(number)
-    if dynamic:
-        return _run_batches(number, signature, inputs)
-    _check_shapes(signature, inputs)
-    return _call(number, signature, inputs)
-
-
-def _run_batches(number: int, signature: Signature, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Split a batch into ones of the size compiled for; the last is filled up with its last row."""
-    size, rows = check_dynamic(signature), {tensor.shape[0] for tensor in inputs if tensor.dim()}
-    if len(rows) != 1:
-        raise RuntimeError(f"Inconsistent batch sizes found on inputs: {sorted(rows)}")
-    (count,) = rows
-    if count == 0:
-        raise RuntimeError("The batch is empty.")
-    parts = []
-    for start in range(0, count, size):
-        chunk = [tensor[start : start + size] for tensor in inputs]
-        if (missing := size - chunk[0].shape[0]) > 0:
-            chunk = [torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) for part in chunk]
-        _check_shapes(signature, chunk)
-        parts.append(_call(number, signature, chunk))
-    return [torch.cat(list(pieces))[:count] for pieces in zip(*parts, strict=True)]
-
-
-def _call(number: int, signature: Signature, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    arrays = [_to_array(tensor) for tensor in inputs]
-    with residents.running(number) as session:
-        found = session.predict(dict(zip(signature.input_names, arrays, strict=True)))
-    return [_to_tensor(found[port.name], port.type) for port in signature.outputs]
-
-
-def _check_shapes(signature: Signature, inputs: list[torch.Tensor]) -> None:
-    """Hold shapes against those of the trace, in the words of the vendor's runtime."""
-    if len(inputs) != len(signature.inputs):
-        raise RuntimeError(f"The program takes {len(signature.inputs)} tensors, not {len(inputs)}: {signature}")
-    for index, (tensor, port) in enumerate(zip(inputs, signature.inputs, strict=True)):
-        if (expected := _shape(port.type)) != tuple(tensor.shape):
-            raise RuntimeError(
-                f"Incorrect tensor shape at input tensor #{index}: received {' '.join(map(str, tensor.shape))}, "
-                f"expected {' '.join(map(str, expected))}."
-            )
-
-
-def _shape(type_: Any) -> tuple[int, ...]:
-    shape = type_.shape if isinstance(type_, TensorType) else None
-    return tuple(dim for dim in shape or () if isinstance(dim, int))
+    found = call(number, [_to_array(tensor) for tensor in inputs], dynamic=dynamic)
+    return [_to_tensor(array, port.type) for array, port in zip(found, signature_of(number).outputs, strict=True)]
 
 
 def _to_array(tensor: torch.Tensor) -> Any:

@@ -193,7 +193,9 @@ def _wanted(one: Resident) -> dict[str, Any]:
     place, found = one.placement, _engine_of(one.artifact)
     if found is None or not found.backend.exclusive:
         if place != Placement():
-            note_once(f"Programs for {one.artifact.manifest.target} have no cores of their own; placement has no effect.")
+            note_once(
+                f"Programs for {one.artifact.manifest.target} have no cores of their own; placement has no effect."
+            )
         return {}
     need = _cores_needed(one.artifact, found)
     if place.cores is None and place.start < 0:

@@ -14,10 +14,11 @@ from typing import Any
 
 from accelrt.compat.neuron import compiling, residents
 from accelrt.compat.neuron.analysis import analysed
+from accelrt.compat.neuron.calling import check_dynamic
 from accelrt.compat.neuron.flags import neuronx_flags
 from accelrt.compat.neuron.parallel import DataParallel
 from accelrt.compat.neuron.placing import multicore_context, neuron_cores_context, set_multicore, set_neuron_cores
-from accelrt.compat.neuron.program import check_dynamic, numbers_in, programs_in, signature_of
+from accelrt.compat.neuron.program import numbers_in, programs_in, signature_of
 from accelrt.compat.neuron.residents import Placement
 from accelrt.compat.neuron.tracing import Traced
 
@@ -73,7 +74,7 @@ def trace(
     func: Callable[..., Any],
     example_inputs: Any,
     *_: Any,
-    input_output_aliases: Mapping[Any, Any] = {},  # noqa: B006 - the vendor's default, which nobody writes to
+    input_output_aliases: Mapping[Any, Any] = {},
     compiler_workdir: str | None = None,
     compiler_args: str | Sequence[str] | None = None,
     partitioner_config: PartitionerConfig | None = None,

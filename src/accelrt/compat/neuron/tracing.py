@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accelrt.artifact.artifact import Artifact
 
 
-class _Flat(torch.nn.Module):
+class _Flat(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
     """A function of nests of tensors as one of tensors, which returns a tuple of them."""
 
     def __init__(self, function: Callable[..., Any], nest: Any) -> None:
@@ -32,7 +32,7 @@ class _Flat(torch.nn.Module):
         return tuple(one for one in pytree.tree_leaves(results) if isinstance(one, torch.Tensor))
 
 
-class _Packed(torch.nn.Module):
+class _Packed(torch.nn.Module):  # type: ignore[misc]
     """A program with the inputs and outputs of the function that it was made of."""
 
     def __init__(self, neuron: Any, results: Any) -> None:

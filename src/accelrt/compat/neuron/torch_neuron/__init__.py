@@ -26,9 +26,7 @@ __all__ = ["DataParallel", "Optimization", "analyze_model", "experimental", "is_
 
 _SEGMENT, _RATIO = 2, 0.6
 _OF_TORCH = frozenset({"strict", "check_inputs", "check_trace", "check_tolerance", "optimize"})
-NOTHING = (
-    "No operations were successfully partitioned and compiled to neuron for this model - aborting trace!"
-)
+NOTHING = "No operations were successfully partitioned and compiled to neuron for this model - aborting trace!"
 
 
 class Optimization(enum.Enum):
@@ -153,4 +151,4 @@ def is_available() -> bool:
         return False
 
 
-torch.neuron = sys.modules[__name__]  # type: ignore[attr-defined]  # the vendor's alias: torch.neuron.trace
+torch.neuron = sys.modules[__name__]  # the vendor's alias: torch.neuron.trace
