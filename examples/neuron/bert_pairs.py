@@ -1,4 +1,4 @@
-"""A script for pairs of sentences, in the style of the vendor's BERT samples: a dictionary comes out, in bfloat16 inside.
+"""A script for pairs of sentences, in the style of the vendor's BERT samples: a dictionary comes out.
 
 ACCELRT_BACKEND=neuron/emulator python examples/neuron/bert_pairs.py
 """

@@ -244,7 +244,7 @@ def test_dynamic_batches_are_kept_in_files_and_refused_where_they_cannot_be(tmp_
 
 
 def test_operators_that_the_chip_lacks() -> None:
-    with pytest.raises(AttributeError, match="TopK|Sort"):
+    with pytest.raises(AttributeError, match=r"TopK|Sort"):
         torch_neuron.trace(Sorting().eval(), x_of(), fallback=False)
     for limits in ({"model_support_percentage_threshold": 1.0}, {"max_subgraph_count": 0}, {"min_subgraph_size": 9}):
         with pytest.raises(ValueError, match=next(iter(limits))):

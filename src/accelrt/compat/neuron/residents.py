@@ -1,7 +1,7 @@
 """Programs on their cores: loaded as the vendor loads them, one a core at a time.
 
-The vendor lets many programs wait on one core. In accelrt a core belongs to one session. So where a program finds no core
-free, the one of this process that was not called for the longest time leaves, and comes back when it is called.
+The vendor lets many programs wait on one core. In accelrt a core belongs to one session. So where a program finds no
+core free, the one of this process that was not called for the longest time leaves, and comes back when it is called.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def settle_packed(packed: bytes) -> int:
             file.write(packed)
         return settle(open_artifact(Path(name)))
     finally:
-        os.unlink(name)
+        Path(name).unlink()
 
 
 def leave(number: int) -> None:

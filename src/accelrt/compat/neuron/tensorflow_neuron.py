@@ -1,8 +1,9 @@
-"""``tensorflow.neuron`` on whatever ``ACCELRT_BACKEND`` says: ``trace`` of TensorFlow 2, ``saved_model`` of TensorFlow 1.
+"""``tensorflow.neuron`` on whatever ``ACCELRT_BACKEND`` says: ``trace`` (TensorFlow 2), ``saved_model`` (1).
 
     import accelrt.compat.neuron.tensorflow_neuron as tfn
 
-What comes out are programs of accelrt's, not SavedModels: `load_model` and ``predictor.from_saved_model`` here open them.
+What comes out are programs of accelrt's, not SavedModels: `load_model` and ``predictor.from_saved_model`` here open
+them.
 """
 
 from __future__ import annotations
@@ -272,7 +273,7 @@ def _compiled(
 
 
 def _shape_of(value: Any) -> Any:
-    """Return a nest as JSON can hold it: tensors are None, a tuple ``{"tuple": [...]}``, a mapping ``{"dict": {...}}``."""
+    """Return a nest as JSON holds it: tensors are None, a tuple ``{"tuple": [...]}``, a mapping ``{"dict": {...}}``."""
     if isinstance(value, Mapping):
         return {"dict": {name: _shape_of(one) for name, one in value.items()}}
     if isinstance(value, list | tuple):
