@@ -162,7 +162,7 @@ def test_a_saved_trace_runs_in_another_process_that_imports_the_module_first(tmp
     done = subprocess.run([sys.executable, "-c", first + read], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "(4, 3)", done.stderr
     bare = subprocess.run([sys.executable, "-c", "import torch; " + read], capture_output=True, text=True)
-    assert "accelrt::neuron_load" in bare.stderr
+    assert "Unknown builtin op: accelrt::neuron_" in bare.stderr, bare.stderr
 
 
 def test_what_comes_out_is_nested_as_the_modules_own() -> None:
