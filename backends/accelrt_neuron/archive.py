@@ -1,7 +1,9 @@
-"""A folder as one file and back: a SavedModel is a folder, and an artifact keeps a program's files in one."""
+"""Sources among a program's files: a folder as one file and back, and a file without a second copy of its bytes."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -10,6 +12,15 @@ from accelrt.errors import IncompatibleProgram
 
 _LARGEST = 64 << 30
 _MANY = 100_000
+
+
+def keep(source: Path, target: Path) -> Path:
+    """Put a source where a program's files are: as a link to the same bytes where the file system can."""
+    with contextlib.suppress(OSError):
+        os.link(source, target)
+        return target
+    shutil.copyfile(source, target)
+    return target
 
 
 def pack(folder: Path, file: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ import numpy as np
 from accelrt import isolation
 from accelrt.backend import (
     SUPPORTED,
+    WHOLE_FILES,
     Caps,
     CompileJob,
     Device,
@@ -35,7 +36,7 @@ from accelrt.errors import CompileError, CoresUnavailable, IncompatibleProgram, 
 from accelrt.graph.node import Node
 from accelrt.graph.types import Signature, TensorType, Value, numpy_dtype
 from accelrt_neuron import nrt
-from accelrt_neuron.archive import unpack
+from accelrt_neuron.archive import keep, unpack
 from accelrt_neuron.cores import PLACEMENT, CoreRange, core_range
 from accelrt_neuron.flags import cast_mode, check_cast_options, neuron_cc_args, neuron_cc_environment
 from accelrt_neuron.sdk import TENSORFLOW_NEURON
@@ -83,7 +84,7 @@ class TensorFlowNeuronEngine(Engine):
 
     name: ClassVar[str] = "tensorflow-neuron"
     formats: ClassVar[tuple[str, ...]] = ("saved_model",)
-    caps: ClassVar[Caps] = Caps(concurrent=True, parallelism=2, default_precision="bf16")
+    caps: ClassVar[Caps] = Caps(concurrent=True, parallelism=2, default_precision="bf16", executes_code=True)
     options: ClassVar[type] = TensorFlowNeuronOptions
     requires: ClassVar[str] = TENSORFLOW_NEURON.install
 
@@ -128,7 +129,15 @@ class TensorFlowNeuronEngine(Engine):
         return SUPPORTED if reason is None else Verdict.refuse(reason)
 
     def compile(self, job: CompileJob, out: Path) -> Program:
-        raise CompileError("tensorflow-neuron takes SavedModels as a whole, no segments of ONNX.", backend=self.name)
+        if job.format == "onnx":
+            raise CompileError(
+                "tensorflow-neuron takes SavedModels as a whole, no segments of ONNX.", backend=self.name
+            )
+        program = self.compile_source(job.model, job.format, job.signature, job.precision, job.options, out)
+        ratio = json.loads(program.files[FACTS].read_text())["coverage"]["on_neuron_ratio"]
+        name = WHOLE_FILES[job.format]
+        files = {**program.files, name: keep(job.model, out / name)}
+        return replace(program, files=files, remark=f"{ratio:.0%} of the operators on the device")
 
     def compile_source(
         self, source: Path, format: str, signature: Signature, precision: Precision, options: Any, out: Path

@@ -21,7 +21,8 @@ from accelrt_neuron.lowered import module_from_onnx
 from accelrt_neuron.sdk import accepts
 from accelrt_neuron.torch_values import examples
 
-PROGRAM = "model.pt"
+PROGRAM = "neuron.pt"
+"""Not the name of a source that is TorchScript: both are among the files of a program."""
 _LOG_CHARACTERS = 4000
 _NO_WORK = ("prim::", "aten::Int", "aten::size", "aten::ScalarImplicit")
 """Kinds of a graph's nodes that compute nothing of weight."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from accelrt import isolation
 from accelrt.backend import (
     SUPPORTED,
+    WHOLE_FILES,
     Caps,
     CompileJob,
     Engine,
@@ -23,6 +25,7 @@ from accelrt.errors import CompileError
 from accelrt.graph.node import Node
 from accelrt.graph.types import Signature
 from accelrt_neuron import support
+from accelrt_neuron.archive import keep
 from accelrt_neuron.catalogue import Generation
 from accelrt_neuron.flags import CastMode
 from accelrt_neuron.lowered import lowerable
@@ -38,8 +41,9 @@ class TorchEngine(Engine):
     """An engine that traces a PyTorch module with one of the vendor's packages."""
 
     formats: ClassVar[tuple[str, ...]] = ("onnx", "torch.export", "torchscript")
-    # neuronperf, the vendor's own benchmark, keeps two workers on each program.
-    caps: ClassVar[Caps] = Caps(concurrent=True, parallelism=2, default_precision="bf16")
+    # neuronperf, the vendor's own benchmark, keeps two workers on each program. Programs are TorchScript, in which
+    # operators of any library may be called.
+    caps: ClassVar[Caps] = Caps(concurrent=True, parallelism=2, default_precision="bf16", executes_code=True)
     sdk: ClassVar[Sdk]
 
     def __init__(self, options: Any = None, facts: dict[str, Any] | None = None, root: Path = Path("/")) -> None:
@@ -91,7 +95,12 @@ class TorchEngine(Engine):
         return SUPPORTED if reason is None else Verdict.refuse(reason)
 
     def compile(self, job: CompileJob, out: Path) -> Program:
-        return self.compile_source(job.model, "onnx", job.signature, job.precision, job.options, out)
+        program = self.compile_source(job.model, job.format, job.signature, job.precision, job.options, out)
+        if job.format == "onnx":
+            return program
+        name = WHOLE_FILES[job.format]
+        files = {**program.files, name: keep(job.model, out / name)}
+        return replace(program, files=files, remark=remark_of(coverage_of(program)))
 
     def compile_source(
         self, source: Path, format: str, signature: Signature, precision: Precision, options: Any, out: Path
@@ -175,6 +184,17 @@ def check_coverage(found: Mapping[str, Any], least: float, engine: str) -> None:
         hint="The option min_coverage says how many must; of a segment, all must.",
         backend=engine,
     )
+
+
+def remark_of(coverage: Mapping[str, Any]) -> str:
+    """Return what the vendor's partitioner did with a whole model, in words."""
+    programs = int(coverage["programs"])
+    text = (
+        f"{coverage['on_device']} of {coverage['total']} operators on the device, "
+        f"in {programs} program{'' if programs == 1 else 's'}"
+    )
+    left = ", ".join(f"{kind} ({count})" for kind, count in sorted(coverage["on_cpu"].items()))
+    return f"{text}; on the CPU: {left}" if left else text
 
 
 def coverage_of(program: Program) -> Mapping[str, Any]:

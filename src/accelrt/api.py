@@ -158,7 +158,7 @@ def compile(
     from accelrt.artifact.build import BuildRequest, batch_sizes, build, stage_plan, tuned_apart
     from accelrt.runtime.inputs import bind_examples
     from accelrt.sources import open_source
-    from accelrt.whole import WholeCompile, compile_whole
+    from accelrt.whole import WholeCompile, compile_whole, whole_if_it_can
 
     candidates, precisions = plan(REGISTRY.candidates(target), asked)
     sizes, stages = batch_sizes(batch), stage_plan(cores)
@@ -183,6 +183,8 @@ def compile(
     )
     if named_whole:
         return compile_whole(whole)
+    if not tune and (found := whole_if_it_can(whole)) is not None:  # what is tuned is the cut of a graph
+        return found
     if progress is not None:
         progress("reading the model", 0, 1)
     try:

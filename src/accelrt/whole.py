@@ -1,10 +1,14 @@
-"""Compile a model whole, by the name of an engine that takes it so, or because it does not convert to ONNX."""
+"""Compile a model whole, by the name of an engine that takes it so, or because it does not convert to ONNX.
+
+An engine that takes segments of ONNX too gets a model whole where it is named and the model is in its framework's own
+form: the vendor's tools know their framework's operators better than they know ONNX's.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
     from accelrt.backend import Precision
     from accelrt.sources import SourceRequest, WholeSource
 
-__all__ = ["WholeCompile", "compile_whole", "takes_whole", "whole_candidates"]
+__all__ = ["WholeCompile", "compile_whole", "takes_whole", "whole_candidates", "whole_if_it_can"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,40 @@ def _not_divided(call: WholeCompile, why: str) -> OptionError:
     )
 
 
+def whole_if_it_can(call: WholeCompile) -> Artifact | None:
+    """Compile a model whole for an engine that takes segments of ONNX as well; None if those are to be compiled.
+
+    They are where the target names no engine, the engine has no use for the model's form, or what was asked for is of
+    ONNX: an ``opset``, ``int8``. Where the engine does not take the model whole after all, the policy decides.
+
+    Raises:
+        SourceError, CompileError: By ``fallback="error"``.
+    """
+    if (
+        call.target.engine is None
+        or call.precision == "int8"
+        or call.request.options.opset is not None
+        or call.divided_by
+    ):
+        return None
+    candidate = REGISTRY.candidates(call.target)[0]
+    if set(candidate.engine.formats) <= {"onnx"}:
+        return None
+    from accelrt.sources import whole_source
+
+    source = whole_source(call.model, call.request)
+    if source is None or not set(candidate.engine.formats) & set(source.formats):
+        return None
+    try:
+        options = _options_for(candidate, call.options)
+        return _build(call, source, candidate, options, "its engine was asked for by name, and takes it so.")
+    except (SourceError, CompileError) as error:
+        if call.fallback == "error":
+            raise
+        announce(call.fallback, f"{candidate.name} gets segments of the model, not the whole: {error.message}")
+        return None
+
+
 def whole_candidates(target: Target, source: WholeSource) -> list[tuple[Candidate, str | None]]:
     """Return the engines that take a source whole, those of the target's backend first, then the CPU's.
 
@@ -88,7 +126,7 @@ def whole_candidates(target: Target, source: WholeSource) -> list[tuple[Candidat
         backend = REGISTRY.backend(name)
         for engine in backend.engines:
             named = name == target.backend and engine.name == target.engine
-            if not takes_whole(engine) or not set(engine.formats) & set(source.formats):
+            if not set(engine.formats) & set(source.formats):
                 continue
             if named or engine.caps.nature != "emulated":
                 status = status_of(engine)
@@ -154,7 +192,8 @@ def _options_for(candidate: Candidate, given: Mapping[str, Any] | None) -> Any:
 def _build(call: WholeCompile, source: WholeSource, candidate: Candidate, options: Any, reason: str) -> Artifact:
     from accelrt.artifact.whole import WholeRequest, build_whole
 
-    engine = candidate.engine
+    engine = candidate.engine.with_options(options)
+    candidate = replace(candidate, engine=engine)
     check = _check(call)
     with tempfile.TemporaryDirectory(prefix="accelrt-whole-") as folder:
         if call.progress is not None:

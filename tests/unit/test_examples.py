@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,32 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     for words in SAID[name]:
         assert words in done.stdout
     assert not list(tmp_path.iterdir()), "an example leaves nothing behind"
+
+
+NEURON = {
+    "inf2_resnet.py": ("inf2.xlarge", "torch", ["one core agrees with PyTorch: True", "cores [0, 1]",
+                       "batch agrees with PyTorch: True"]),
+    "inf1_groups.py": ("inf1.xlarge", "torch", ["animals: 10 classes, agrees with PyTorch: True", "any batch: (5, 10)",
+                       "flowers: 20 classes, agrees with PyTorch: True"]),
+    "bert_pairs.py": ("inf2.xlarge", "torch", ["near: agrees with PyTorch: True, the same class: True",
+                      "far: agrees with PyTorch: True, the same class: True", "received 2 16, expected 1 16"]),
+    "tensorflow_trace.py": ("inf1.xlarge", "tensorflow", ["trace agrees with TensorFlow: True",
+                            "batch of 7 agrees with TensorFlow: True"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEURON)
+def test_script_for_neuron_runs_on_the_emulator(name: str, tmp_path: Path) -> None:
+    instance, framework, words = NEURON[name]
+    pytest.importorskip(framework)
+    emulated = {"ACCELRT_BACKEND": "neuron/emulator", "ACCELRT_NEURON_EMULATE": instance}
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "neuron" / name],
+        capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path, env={**os.environ, **emulated},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for text in words:
+        assert text in done.stdout
 
 
 def test_readme_names_every_example() -> None:

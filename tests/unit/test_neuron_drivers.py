@@ -31,6 +31,7 @@ from accelrt.errors import (
     IsolatedError,
     OptionError,
     OutOfDeviceMemory,
+    UntrustedProgram,
 )
 from accelrt.graph.types import Port, Signature, TensorType
 from accelrt_neuron.tensorflow_neuron import TensorFlowNeuronEngine, TensorFlowNeuronOptions
@@ -152,7 +153,7 @@ def expected(module: Any, x: Any) -> Any:
 def header(program: Program) -> dict[str, Any]:
     """Return what the stand-in was told when it compiled a program."""
     runtime = importlib.import_module("neuron_stand_in")
-    script = runtime._LOAD(str(program.files["model.pt"]))
+    script = runtime._LOAD(str(program.files["neuron.pt"]))
     found: dict[str, Any] = runtime.header_of(next(b for n, b in script.named_buffers() if n.endswith("neff")))
     return found
 
@@ -398,34 +399,131 @@ def test_a_release_with_placement_in_experimental_is_placed_there(use: Callable[
 # Segments of ONNX
 
 
-def test_segments_reach_the_engines_for_pytorch(sdk: Any, kind: Any, tmp_path: Path) -> None:
-    """The whole way: accelrt's partitioner, the lowering, the vendor's compiler and back."""
-    pytest.importorskip("accelrt.graph.lowering")
+@pytest.fixture
+def on_inf(sdk: Any) -> Iterator[None]:
+    """The neuron backend on an instance with four cores."""
     import accelrt
     from accelrt.registry import REGISTRY
-    from accelrt.testing.models import mlp as onnx_mlp
     from accelrt_neuron import NeuronBackend
 
     class OnInf(NeuronBackend):
         def devices(self) -> list[Device]:
             return cores(0, 1, 2, 3)
 
+    held = REGISTRY._found().pop("neuron", None)  # where the backend is installed, its name is taken
+    REGISTRY._backends.pop("neuron", None)
     accelrt.register(OnInf)
-    try:
-        model = onnx_mlp(batch=4)
-        artifact = accelrt.compile(model, f"neuron/{kind[0].name}", fallback="error")
-        (segment,) = artifact.manifest.segments
-        facts = json.loads((artifact.folder / segment.files["neuron.json"]).read_text())
-        assert facts["coverage"]["on_cpu"] == {}
-        path = artifact.save(tmp_path / "m.accel")
-        with accelrt.load(path, devices="1-2", fallback="error") as session, accelrt.load(model) as exact:
-            (port,) = session.signature.inputs
-            x = np.random.default_rng(0).standard_normal(port.type.shape).astype(np.float32)  # type: ignore[union-attr]
-            for name, value in exact.predict({port.name: x}).items():
-                np.testing.assert_allclose(session.predict({port.name: x})[name], value, rtol=1e-4, atol=1e-5)
-        assert {"start_nc": 1, "nc_count": 2} in [facts for _, facts in sdk.CALLS]
-    finally:
-        REGISTRY.unregister("neuron")
+    yield
+    REGISTRY.unregister("neuron")
+    if held is not None:
+        REGISTRY._found()["neuron"] = held
+
+
+def test_segments_reach_the_engines_for_pytorch(on_inf: None, sdk: Any, kind: Any, tmp_path: Path) -> None:
+    """The whole way: accelrt's partitioner, the lowering, the vendor's compiler and back."""
+    import accelrt
+    from accelrt.testing.models import mlp as onnx_mlp
+
+    model = onnx_mlp(batch=4)
+    artifact = accelrt.compile(model, f"neuron/{kind[0].name}", fallback="error")
+    (segment,) = artifact.manifest.segments
+    facts = json.loads((artifact.folder / segment.files["neuron.json"]).read_text())
+    assert facts["coverage"]["on_cpu"] == {}
+    path = artifact.save(tmp_path / "m.accel")
+    with accelrt.load(path, devices="1-2", fallback="error", trust=True) as session, accelrt.load(model) as exact:
+        (port,) = session.signature.inputs
+        x = np.random.default_rng(0).standard_normal(port.type.shape).astype(np.float32)  # type: ignore[union-attr]
+        for name, value in exact.predict({port.name: x}).items():
+            np.testing.assert_allclose(session.predict({port.name: x})[name], value, rtol=1e-4, atol=1e-5)
+    # A program takes one core, so two cores are two replicas.
+    placed = [facts for name, facts in sdk.CALLS if "cores" in name]
+    assert placed == [{"start_nc": 1, "nc_count": 1}, {"start_nc": 2, "nc_count": 1}]
+
+
+@pytest.mark.parametrize("form", ["module", "exported", "script"])
+def test_a_model_of_pytorchs_own_goes_whole_to_an_engine_named(
+    on_inf: None, sdk: Any, kind: Any, tmp_path: Path, form: str, behave: Callable[..., None]
+) -> None:
+    import accelrt
+
+    behave(STAND_IN_UNSUPPORTED="aten::sort")
+    # What torch exported is no sequence of modules any more, and the stand-in's partitioner cuts nothing else.
+    module = sorting() if form == "script" else mlp()
+    model = {
+        "module": module,
+        "exported": torch.export.export(module, (torch.zeros(4, 8),)),
+        "script": torch.jit.trace(module, torch.zeros(4, 8)),
+    }[form]
+    given = None if form == "exported" else (torch.zeros(4, 8),)
+    artifact = accelrt.compile(model, f"neuron/{kind[0].name}", example_inputs=given, fallback="error")
+    whole = artifact.placement.whole
+    assert whole is not None
+    assert whole.format == ("torchscript" if form == "script" else "torch.export")
+    if form == "script":
+        assert whole.remark == "2 of 3 operators on the device, in 2 programs; on the CPU: aten::sort (1)"
+    text = " ".join(artifact.explain().split())
+    assert f"runs whole on neuron/{kind[0].name} ({whole.remark}), because its engine was asked for by name" in text
+    path = artifact.save(tmp_path / "m.accel")
+    with pytest.raises(UntrustedProgram, match=r"trust=True"):
+        accelrt.load(path)
+    with accelrt.load(path, devices="1-2", fallback="error", trust=True) as session:
+        (port,), (out,) = session.signature.inputs, session.signature.outputs
+        found = session.predict({port.name: x_of()})[out.name]
+    np.testing.assert_allclose(found, expected(module, x_of()), rtol=1e-5, atol=1e-6)
+    assert {"start_nc": 1, "nc_count": 1} in [facts for _, facts in sdk.CALLS]
+
+
+def test_options_of_a_whole_model_reach_the_compiler(on_inf: None, sdk: Any, tmp_path: Path) -> None:
+    import accelrt
+
+    options = {"target": "trn1", "optlevel": 3}
+    artifact = accelrt.compile(
+        mlp(), "neuron/torch-neuronx", example_inputs=(torch.zeros(4, 8),), options=options, precision="fp16"
+    )
+    (segment,) = artifact.manifest.segments
+    told = json.loads((artifact.folder / segment.files["neuron.json"]).read_text())["compiler_args"]
+    assert " ".join(told) == ("--target trn1 --auto-cast all --auto-cast-type fp16 --optlevel 3 --model-type generic")
+    assert segment.fingerprint["target"] == "trn1"
+
+
+def test_a_whole_program_of_another_release_is_compiled_again(
+    on_inf: None, sdk: Any, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import accelrt
+
+    artifact = accelrt.compile(mlp(), f"neuron/{kind[0].name}", example_inputs=(torch.zeros(4, 8),))
+    fingerprint = kind[0].fingerprint
+    monkeypatch.setattr(kind[0], "fingerprint", lambda self: {**fingerprint(self), "torch": "other"})
+    with accelrt.load(artifact, fallback="allow") as session:
+        (port,), (out,) = session.signature.inputs, session.signature.outputs
+        found = session.predict({port.name: x_of()})[out.name]
+    np.testing.assert_allclose(found, expected(mlp(), x_of()), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_asked_of_onnx_is_compiled_in_segments(on_inf: None, sdk: Any, kind: Any) -> None:
+    import accelrt
+    from accelrt.testing.models import mlp as onnx_mlp
+
+    target = f"neuron/{kind[0].name}"
+    by_opset = accelrt.compile(mlp(), target, example_inputs=(torch.zeros(4, 8),), options={"opset": 18})
+    assert by_opset.placement.whole is None
+    assert accelrt.compile(onnx_mlp(batch=4), target).placement.whole is None
+    assert accelrt.compile(mlp(), "neuron", example_inputs=(torch.zeros(4, 8),)).placement.whole is None
+
+
+def test_what_the_partitioner_refuses_goes_in_segments_by_the_policy(
+    on_inf: None, sdk: Any, kind: Any, behave: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    import accelrt
+
+    behave(STAND_IN_UNSUPPORTED="aten::sort")
+    given = {"example_inputs": (torch.zeros(4, 8),), "options": {"partition": False}}
+    with pytest.raises(CompileError, match="aten::sort"):
+        accelrt.compile(sorting(), f"neuron/{kind[0].name}", fallback="error", **given)
+    artifact = accelrt.compile(sorting(), f"neuron/{kind[0].name}", **given)
+    assert artifact.placement.whole is None
+    assert "gets segments of the model, not the whole" in caplog.text
+    assert artifact.placement.nodes_by_engine["cpu/onnxruntime"] >= 1
 
 
 def test_without_the_lowering_segments_are_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -657,7 +755,7 @@ def test_a_program_needs_its_package_to_be_imported_first(sdk: Any, tmp_path: Pa
     """The stand-in's programs are like the vendor's: PyTorch alone cannot read them, the driver can."""
     program = build(TorchNeuronEngine(), scripted(mlp(), tmp_path), tmp_path)
     code = "import sys, torch; torch.jit.load(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, str(program.files["model.pt"])], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(program.files["neuron.pt"])], capture_output=True, text=True)
     assert "neuron::forward_v2_1" in done.stderr
 
 
@@ -736,7 +834,14 @@ assert engine.supports_source("saved_model", signature, "bf16").supported
 out = folder / "out"
 out.mkdir()
 source = folder / "model.zip" if (folder / "model.zip").exists() else folder / "model"
-program = engine.compile_source(source, "saved_model", signature, "bf16", engine._options, out)
+if "JOB" in os.environ:
+    from accelrt.backend import CompileJob
+    from accelrt_neuron.archive import pack
+    pack(folder / "model", folder / "saved_model.zip")
+    job = CompileJob(folder / "saved_model.zip", signature, "bf16", engine._options, "saved_model")
+    program = engine.compile(job, out)
+else:
+    program = engine.compile_source(source, "saved_model", signature, "bf16", engine._options, out)
 facts = json.loads(program.files["neuron.json"].read_text())
 x = np.random.default_rng(1).standard_normal((rows, 8)).astype(np.float32)
 for indices in load_cores:
@@ -744,7 +849,8 @@ for indices in load_cores:
     with engine.load(program, devices) as executable:
         y = executable.run({x_name: x})[y_name]
 print(json.dumps({"facts": facts, "y": y.tolist(), "cores": os.environ.get("NEURON_RT_VISIBLE_CORES"),
-                  "flags": os.environ.get("NEURON_CC_FLAGS"), "fingerprint": dict(program.fingerprint)}))
+                  "flags": os.environ.get("NEURON_CC_FLAGS"), "fingerprint": dict(program.fingerprint),
+                  "remark": program.remark, "files": sorted(program.files)}))
 """
 
 
@@ -797,6 +903,14 @@ def test_a_packed_saved_model_says_what_its_ports_are_called(tmp_path: Path, ver
     assert found is not None, errors
     x = np.random.default_rng(1).standard_normal((4, 8)).astype(np.float32)
     np.testing.assert_allclose(found["y"], x @ weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("version", ["tf1", "tf2"])
+def test_a_job_of_a_saved_model_keeps_its_source_and_says_how_much_landed(tmp_path: Path, version: str) -> None:
+    found, errors = _tensorflow(tmp_path, version, STAND_IN_RATIO="0.75", JOB="1")
+    assert found is not None, errors
+    assert found["remark"] == "75% of the operators on the device"
+    assert found["files"] == ["model.zip", "neuron.json", "saved_model.zip"]
 
 
 def test_flags_of_the_compiler_reach_tensorflow_2_by_the_environment(tmp_path: Path) -> None:

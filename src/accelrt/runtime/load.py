@@ -197,7 +197,7 @@ def _rebuilt_whole(artifact: Artifact, target: Target, reason: AccelrtError, fal
     if fallback == "error" or segment is None or not isinstance(reason, IncompatibleProgram):
         raise reason
     backend = REGISTRY.backend(segment.backend)
-    candidate = Candidate(backend, find_engine(backend, segment.engine))
+    candidate = Candidate(backend, _engine_of(segment))
     announce(fallback, f"{reason.message} It is compiled again for {candidate.name}.")
     asked = artifact.manifest.options.get("precision")
     why = artifact.placement.whole

@@ -1,0 +1,1 @@
+"""Other vendors' programming interfaces on accelrt: scripts run with their import line changed."""
