@@ -72,7 +72,7 @@ def report(title: str, table: list[Row], claims: Mapping[str, bool], *, unit: st
     arguments = parser.parse_args()
     scale = {"ms": 1e3, "us": 1e6}[unit]
     print(f"\n{title}\n{machine()}")
-    width = max(len(row.name) for row in table)
+    width = max((len(row.name) for row in table), default=0)
     print(f"{'':{width}}  {'n':>5}  {'median':>10}  {'p10':>10}  {'p90':>10}  ratio")
     for row in table:
         figures = "  ".join(f"{value * scale:10.3f}" for value in (row.median_s, row.p10_s, row.p90_s))
