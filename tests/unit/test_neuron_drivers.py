@@ -242,8 +242,8 @@ def test_the_placeholder_of_the_public_index_is_recognised(
     )
 
 
-def test_doctor_prints_the_vendors_command_for_the_placeholder(tmp_path: Path) -> None:
-    done = _accelrt(["doctor", "neuron/torch-neuronx"], STAND_INS / "placeholder", tmp_path)
+def test_doctor_prints_the_vendors_command_for_the_placeholder() -> None:
+    done = _accelrt(["doctor", "neuron/torch-neuronx"], STAND_INS / "placeholder")
     text = " ".join(done.stdout.split())
     assert done.returncode == 1
     assert "placeholder of the public package index" in text
@@ -252,7 +252,7 @@ def test_doctor_prints_the_vendors_command_for_the_placeholder(tmp_path: Path) -
 
 def test_the_report_shows_the_signatures_that_were_found(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    done = _accelrt(["doctor", "--report", str(path)], STAND_INS / "pytorch", tmp_path)
+    done = _accelrt(["doctor", "--report", str(path)], STAND_INS / "pytorch")
     assert done.returncode == 0, done.stderr
     assert str(path) in done.stdout
     details = json.loads(path.read_text())["details"]["neuron"]
@@ -1011,14 +1011,10 @@ def test_an_archive_that_leads_outside_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "again" / "variables" / "data").read_bytes() == b"1234"
 
 
-def _accelrt(arguments: list[str], stand_in: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command line where the neuron backend is installed and a stand-in is on the import path."""
-    metadata = folder / "metadata" / "accelrt_neuron_dev-0.dist-info"
-    metadata.mkdir(parents=True, exist_ok=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: accelrt-neuron-dev\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text("[accelrt.backends]\nneuron = accelrt_neuron:NeuronBackend\n")
-    paths = [str(stand_in), str(folder / "metadata"), *(path for path in sys.path if path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"}
+def _accelrt(arguments: list[str], stand_in: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line where a stand-in is on the import path."""
+    path = os.pathsep.join([str(stand_in), *(path for path in sys.path if path)])
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
     return subprocess.run(
         [sys.executable, "-m", "accelrt", *arguments], env=environment, capture_output=True, text=True, timeout=120
     )
