@@ -193,6 +193,9 @@ class TensorFlowNeuronEngine(Engine):
         files = {PROGRAM: out / PROGRAM, FACTS: out / FACTS}
         return Program(files, self.fingerprint(), signature, options, precision)
 
+    def devices_needed(self, options: Any) -> int:
+        return int(options.pipeline_cores)
+
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
         cores = core_range(devices, self.name)
         facts = json.loads(program.files[FACTS].read_text())

@@ -102,6 +102,9 @@ class TorchNeuronEngine(TorchEngine):
             "fallback": whole and options.partition,
         }
 
+    def devices_needed(self, options: Any) -> int:
+        return int(options.pipeline_cores)
+
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
         cores = core_range(devices, self.name)
         options = program.options

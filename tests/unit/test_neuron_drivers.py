@@ -440,6 +440,23 @@ def test_segments_reach_the_engines_for_pytorch(on_inf: None, sdk: Any, kind: An
     assert placed == [{"start_nc": 1, "nc_count": 1}, {"start_nc": 2, "nc_count": 1}]
 
 
+def test_a_pipeline_is_given_its_cores(on_inf: None, sdk: Any) -> None:
+    import accelrt
+    from accelrt.testing.models import mlp as onnx_mlp
+
+    model, options = onnx_mlp(batch=4), {"pipeline_cores": 2}
+    artifact = accelrt.compile(model, "neuron/torch-neuron", fallback="error", options=options)
+    with accelrt.load(artifact, devices="0-3", fallback="error") as session, accelrt.load(model) as exact:
+        (port,) = session.signature.inputs
+        x = np.random.default_rng(0).standard_normal(port.type.shape).astype(np.float32)  # type: ignore[union-attr]
+        for name, value in exact.predict({port.name: x}).items():
+            np.testing.assert_allclose(session.predict({port.name: x})[name], value, rtol=1e-4, atol=1e-5)
+    placed = [facts for name, facts in sdk.CALLS if "cores" in name]
+    assert placed == [{"start_nc": 0, "nc_count": 2}, {"start_nc": 2, "nc_count": 2}]
+    with pytest.raises(CoresUnavailable):
+        accelrt.load(artifact, devices="3", fallback="error")
+
+
 @pytest.mark.parametrize("form", ["module", "exported", "script"])
 def test_a_model_of_pytorchs_own_goes_whole_to_an_engine_named(
     on_inf: None, sdk: Any, kind: Any, tmp_path: Path, form: str, behave: Callable[..., None]
