@@ -10,11 +10,11 @@ Importing a backend must not import its vendor's SDK, which may be missing or br
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias, runtime_checkable
 
 from accelrt.cores import Group
 from accelrt.graph.node import Node
@@ -95,6 +95,8 @@ class Caps:
         default_precision: What the engine computes in unless told otherwise; recorded in every artifact.
         executes_code: Loading a program may run code that is in it. Such programs are loaded from a file only if the
             user says that the file is to be trusted.
+        device_tensors: Its executables have `Executable.run_resident`, so that values stay on the device between the
+            segments of any two such engines of one device.
     """
 
     concurrent: bool = True
@@ -103,6 +105,7 @@ class Caps:
     last_resort: bool = False
     default_precision: Precision = "fp32"
     executes_code: bool = False
+    device_tensors: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,15 @@ class Program:
     remark: str = ""
 
 
+@runtime_checkable
+class DeviceTensor(Protocol):
+    """A tensor where it was computed, as DLPack's Python protocol has it: whoever reads it copies nothing."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any: ...
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
 class Executable(ABC):
     """A program resident on a device."""
 
@@ -157,6 +169,21 @@ class Executable(ABC):
             DeviceLost: The device is gone; the executable will not be used again.
             Exception: Anything else fails this call only.
         """
+
+    def run_resident(self, inputs: Mapping[str, Value | DeviceTensor], keep: Collection[str]) -> dict[str, Any]:
+        """Compute as `run` does, with values that are on the device already, or are to stay there.
+
+        Called only where `Caps.device_tensors` says so. Everything in ``inputs`` and in the result is complete: what
+        is given has been computed before the call, and what is returned before it ends, whatever stream did it.
+
+        Args:
+            inputs: By name: values as `run` takes them, or tensors on this executable's device, made by any engine.
+            keep: Outputs to be returned as tensors on the device; the others as `run` returns them.
+
+        Raises:
+            What `run` raises.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:

@@ -30,6 +30,13 @@
     ├── VerificationError         outputs that are further from the reference than the tolerance
     ├── BatchError                batch sizes for a model whose rows are not proved to be independent
     ├── RequestTimeout            a request that was not answered in its time
+    ├── ServingError              a server that cannot do what was asked of it
+    │   ├── RequestError          a request that is malformed, or does not fit its model
+    │   │   └── RequestTooLarge   more bytes, elements or levels than the server takes
+    │   ├── ModelNotFound         no model, or no version of it, by that name
+    │   ├── ModelUnavailable      a model that is known and cannot answer now: not loaded, failed, or restarting
+    │   │   └── Overloaded        its queue is full; try again after ``retry_after_s``
+    │   └── NotAllowed            switched off, or not open to this client
     └── SessionClosed             the session was closed
 
 Each message says what was asked, what was found and, as ``hint``, what to do next.
@@ -181,6 +188,36 @@ class BatchError(AccelrtError):
 
 class RequestTimeout(AccelrtError, TimeoutError):
     """A request that was not answered in its time; if its turn had not come, it is not computed."""
+
+
+class ServingError(AccelrtError):
+    """A server that cannot do what was asked of it."""
+
+
+class RequestError(ServingError):
+    """A request that is malformed, or whose tensors do not fit its model."""
+
+
+class RequestTooLarge(RequestError):
+    """A request of more bytes, elements or levels than the server takes."""
+
+
+class ModelNotFound(ServingError):
+    """A model, or a version of one, that the server does not know."""
+
+
+class ModelUnavailable(ServingError):
+    """A model that the server knows and that cannot answer now; ``retry_after_s`` says when to ask again, if ever."""
+
+    retry_after_s: float | None = None
+
+
+class Overloaded(ModelUnavailable):
+    """A model whose queue is full, so that the request was turned away at once."""
+
+
+class NotAllowed(ServingError):
+    """A request for what the server's settings switch off, or that lacks a valid key."""
 
 
 class SessionClosed(AccelrtError):
