@@ -25,8 +25,9 @@ from accelrt.testing.models import resnet50
 
 GAIN = 1.9
 LIMIT_S = 30e-6
-CALLS = 24
-ROUNDS = 15
+CALLS = 60
+"""Even, and many: at the end of a batch one replica waits for the other, by half a call on average."""
+ROUNDS = 9
 SUBMITS = 500
 """Fewer than may wait, so that no submit waits for a thread."""
 
