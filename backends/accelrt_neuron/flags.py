@@ -20,6 +20,8 @@ AutoCast: TypeAlias = Literal["none", "matmult", "all"]
 AUTO_CAST = ("none", "matmult", "all")
 AUTO_CAST_TYPE = ("bf16", "fp16", "tf32", "fp8_e4m3")
 TARGETS = ("inf2", "trn1", "trn1n", "trn2")
+MOST_PARALLEL = 128
+"""Cores of the largest instance, trn2.48xlarge, with one physical core a logical one."""
 MODEL_TYPES = ("generic", "transformer", "unet-inference")
 
 _KINDS: dict[str, FloatKind] = {
@@ -53,6 +55,34 @@ def check_cast_options(auto_cast: str | None, auto_cast_type: str | None) -> Non
         raise OptionError(f"auto_cast must be one of {', '.join(AUTO_CAST)}, not {auto_cast!r}.")
     if auto_cast_type is not None and auto_cast_type not in AUTO_CAST_TYPE:
         raise OptionError(f"auto_cast_type must be one of {', '.join(AUTO_CAST_TYPE)}, not {auto_cast_type!r}.")
+
+
+def check_limits(min_coverage: float, timeout_s: float) -> None:
+    """Check two options that all engines have.
+
+    Raises:
+        OptionError: One of them is out of its range.
+    """
+    if not 0 <= min_coverage <= 1:
+        raise OptionError(f"min_coverage must be 0 to 1, not {min_coverage}.")
+    if timeout_s <= 0:
+        raise OptionError(f"timeout_s must be more than 0, not {timeout_s}.")
+
+
+def check_data_parallel(cores: int, dynamic_batch: bool) -> None:
+    """Check the option ``data_parallel_cores`` against ``dynamic_batch``.
+
+    Raises:
+        OptionError: It is out of its range, or the cores' shares would not fit the size compiled for.
+    """
+    if not 1 <= cores <= MOST_PARALLEL:
+        raise OptionError(f"data_parallel_cores must be 1 to {MOST_PARALLEL}, not {cores}.")
+    if cores > 1 and not dynamic_batch:
+        raise OptionError(
+            f"data_parallel_cores={cores} gives each core a share of the batch, which a program for the whole of it "
+            "does not take.",
+            hint="Set dynamic_batch=True too.",
+        )
 
 
 def cast_mode(

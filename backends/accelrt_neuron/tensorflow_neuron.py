@@ -38,7 +38,13 @@ from accelrt.graph.types import Signature, TensorType, Value, numpy_dtype
 from accelrt_neuron import nrt
 from accelrt_neuron.archive import keep, unpack
 from accelrt_neuron.cores import PLACEMENT, CoreRange, core_range
-from accelrt_neuron.flags import cast_mode, check_cast_options, neuron_cc_args, neuron_cc_environment
+from accelrt_neuron.flags import (
+    cast_mode,
+    check_cast_options,
+    check_limits,
+    neuron_cc_args,
+    neuron_cc_environment,
+)
 from accelrt_neuron.sdk import TENSORFLOW_NEURON
 from accelrt_neuron.support import NO_FLOAT32_PRODUCT, unusual_signature
 from accelrt_neuron.tensorflow_child import PROGRAM
@@ -73,10 +79,7 @@ class TensorFlowNeuronOptions:
         check_cast_options(self.auto_cast, None)
         if self.pipeline_cores < 1:
             raise OptionError(f"pipeline_cores must be 1 or more, not {self.pipeline_cores}.")
-        if not 0 <= self.min_coverage <= 1:
-            raise OptionError(f"min_coverage must be 0 to 1, not {self.min_coverage}.")
-        if self.timeout_s <= 0:
-            raise OptionError(f"timeout_s must be more than 0, not {self.timeout_s}.")
+        check_limits(self.min_coverage, self.timeout_s)
 
 
 class TensorFlowNeuronEngine(Engine):

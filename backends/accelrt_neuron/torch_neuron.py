@@ -13,7 +13,14 @@ from accelrt.graph.node import Node
 from accelrt_neuron import nrt, support
 from accelrt_neuron.catalogue import Generation
 from accelrt_neuron.cores import PLACEMENT, core_range
-from accelrt_neuron.flags import CastMode, cast_mode, check_cast_options, neuron_cc_args
+from accelrt_neuron.flags import (
+    CastMode,
+    cast_mode,
+    check_cast_options,
+    check_data_parallel,
+    check_limits,
+    neuron_cc_args,
+)
 from accelrt_neuron.sdk import TORCH_NEURON, Sdk
 from accelrt_neuron.torch_child import PROGRAM
 from accelrt_neuron.torch_engines import TorchEngine
@@ -31,7 +38,8 @@ class TorchNeuronOptions:
         auto_cast: What is cast in bf16 and fp16: ``all`` or ``matmult``; None for ``all``.
         pipeline_cores: Cores over which the compiler spreads one program as a pipeline.
         dynamic_batch: Let the vendor split other batches into ones of the size compiled for.
-        data_parallel: On several cores, split each batch among them; else they take calls in turn.
+        data_parallel_cores: Cores of a copy of the program, among which the vendor's ``DataParallel`` splits
+            each batch; needs ``dynamic_batch``. Copies that take calls in turn are `accelrt.load`'s ``replicas``.
         separate_weights: Keep constants apart from the program, as those beyond 1.9 GB must be.
         minimum_segment_size: Of a whole model: smaller parts stay on the CPU; None for the vendor's default of 2.
         partition: Of a whole model: let the vendor's partitioner leave on the CPU what the compiler cannot take.
@@ -42,7 +50,7 @@ class TorchNeuronOptions:
     auto_cast: str | None = None
     pipeline_cores: int = 1
     dynamic_batch: bool = False
-    data_parallel: bool = False
+    data_parallel_cores: int = 1
     separate_weights: bool = False
     minimum_segment_size: int | None = None
     partition: bool = True
@@ -53,12 +61,10 @@ class TorchNeuronOptions:
         check_cast_options(self.auto_cast, None)
         if not 1 <= self.pipeline_cores <= MAX_PIPELINE:
             raise OptionError(f"pipeline_cores must be 1 to {MAX_PIPELINE}, not {self.pipeline_cores}.")
-        if self.pipeline_cores > 1 and self.data_parallel:
+        check_data_parallel(self.data_parallel_cores, self.dynamic_batch)
+        if self.pipeline_cores > 1 and self.data_parallel_cores > 1:
             raise OptionError("The vendor's DataParallel takes no programs that are pipelines; choose one of the two.")
-        if not 0 <= self.min_coverage <= 1:
-            raise OptionError(f"min_coverage must be 0 to 1, not {self.min_coverage}.")
-        if self.timeout_s <= 0:
-            raise OptionError(f"timeout_s must be more than 0, not {self.timeout_s}.")
+        check_limits(self.min_coverage, self.timeout_s)
 
 
 class TorchNeuronEngine(TorchEngine):
@@ -103,7 +109,7 @@ class TorchNeuronEngine(TorchEngine):
         }
 
     def devices_needed(self, options: Any) -> int:
-        return int(options.pipeline_cores)
+        return int(max(options.pipeline_cores, options.data_parallel_cores))
 
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
         cores = core_range(devices, self.name)
@@ -119,10 +125,8 @@ class TorchNeuronEngine(TorchEngine):
         path = str(program.files[PROGRAM])
         with PLACEMENT:
             try:
-                if options.data_parallel and cores.count > 1:
+                if options.data_parallel_cores > 1:
                     model = sdk.DataParallel(torch.jit.load(path), device_ids=cores.ids, dim=0)
-                    if not options.dynamic_batch:
-                        model.disable_dynamic_batching()
                 else:
                     with sdk.experimental.neuron_cores_context(start_nc=cores.start, nc_count=cores.count):
                         model = torch.jit.load(path)

@@ -20,6 +20,8 @@ from accelrt_neuron.flags import (
     CastMode,
     cast_mode,
     check_cast_options,
+    check_data_parallel,
+    check_limits,
     neuronx_cc_args,
 )
 from accelrt_neuron.sdk import TORCH_NEURONX, Sdk
@@ -44,7 +46,8 @@ class TorchNeuronxOptions:
         model_type: ``generic``, ``transformer`` or ``unet-inference``.
         lnc: Physical cores of a logical one, on trn2; None for the compiler's default.
         dynamic_batch: Let the vendor split other batches into ones of the size compiled for, padding the last.
-        data_parallel: On several cores, split each batch among them; else they take calls in turn.
+        data_parallel_cores: Cores of a copy of the program, among which the vendor's ``DataParallel`` splits
+            each batch; needs ``dynamic_batch``. Copies that take calls in turn are `accelrt.load`'s ``replicas``.
         inline_weights: Keep weights inside the compiled program; else they are moved to the device when it is loaded.
         partition: Of a whole model: let the vendor's partitioner leave on the CPU what the compiler cannot take.
         min_coverage: Of a whole model: the least share of operators on the device; 0.3 is where the vendor's
@@ -60,7 +63,7 @@ class TorchNeuronxOptions:
     model_type: str = "generic"
     lnc: int | None = None
     dynamic_batch: bool = False
-    data_parallel: bool = False
+    data_parallel_cores: int = 1
     inline_weights: bool = True
     partition: bool = True
     min_coverage: float = 0.3
@@ -78,10 +81,8 @@ class TorchNeuronxOptions:
             raise OptionError(f"model_type must be one of {', '.join(MODEL_TYPES)}, not {self.model_type!r}.")
         if self.lnc not in (None, 1, 2):
             raise OptionError(f"lnc must be 1 or 2, not {self.lnc}.")
-        if not 0 <= self.min_coverage <= 1:
-            raise OptionError(f"min_coverage must be 0 to 1, not {self.min_coverage}.")
-        if self.timeout_s <= 0:
-            raise OptionError(f"timeout_s must be more than 0, not {self.timeout_s}.")
+        check_data_parallel(self.data_parallel_cores, self.dynamic_batch)
+        check_limits(self.min_coverage, self.timeout_s)
 
 
 class TorchNeuronxEngine(TorchEngine):
@@ -143,6 +144,9 @@ class TorchNeuronxEngine(TorchEngine):
             "partitioner": partitioner if whole and options.partition else None,
         }
 
+    def devices_needed(self, options: Any) -> int:
+        return int(options.data_parallel_cores)
+
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
         cores = core_range(devices, self.name)
         options = program.options
@@ -151,11 +155,9 @@ class TorchNeuronxEngine(TorchEngine):
         with PLACEMENT:
             try:
                 model = torch.jit.load(str(program.files[PROGRAM]))
-                if options.data_parallel and cores.count > 1:
+                if options.data_parallel_cores > 1:
                     # It places the program itself, with the placement functions, on each of the cores.
-                    model = sdk.DataParallel(
-                        model, device_ids=cores.ids, dim=0, set_dynamic_batching=options.dynamic_batch
-                    )
+                    model = sdk.DataParallel(model, device_ids=cores.ids, dim=0, set_dynamic_batching=True)
                 else:
                     _placement(sdk, "set_neuron_cores")(model, start_nc=cores.start, nc_count=cores.count)
                 if not options.inline_weights:

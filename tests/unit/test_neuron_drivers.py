@@ -354,7 +354,7 @@ def test_a_pipeline_needs_its_cores(sdk: Any, tmp_path: Path) -> None:
         engine.load(program, cores(0, 1))
     engine.load(program, cores(0, 1, 2, 3)).close()
     with pytest.raises(OptionError, match="DataParallel takes no programs that are pipelines"):
-        TorchNeuronOptions(pipeline_cores=2, data_parallel=True)
+        TorchNeuronOptions(pipeline_cores=2, data_parallel_cores=2, dynamic_batch=True)
 
 
 def test_precisions_the_chip_has_not_got_are_refused(sdk: Any, tmp_path: Path) -> None:
@@ -733,18 +733,17 @@ def test_placement_is_done_under_one_lock(sdk: Any, kind: Any, tmp_path: Path) -
     assert not PLACEMENT.locked()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_data_parallel_splits_a_batch_among_cores(sdk: Any, kind: Any, tmp_path: Path, dynamic: bool) -> None:
+def test_data_parallel_splits_a_batch_among_cores(sdk: Any, kind: Any, tmp_path: Path) -> None:
     cls, options = kind
-    engine = cls(options(data_parallel=True, dynamic_batch=dynamic))
+    with pytest.raises(OptionError, match="Set dynamic_batch=True too"):
+        options(data_parallel_cores=2)
+    engine = cls(chosen := options(data_parallel_cores=2, dynamic_batch=True))
+    assert engine.devices_needed(chosen) == 2
     program = build(engine, scripted(mlp(), tmp_path), tmp_path)
     with engine.load(program, cores(1, 2)) as executable:
-        rows = 13 if dynamic else 8
-        x = x_of(rows)
-        np.testing.assert_allclose(executable.run({"x": x})["y"], expected(mlp(), x), rtol=1e-5, atol=1e-6)
-        if not dynamic:
-            with pytest.raises(ExecutionError, match="Incorrect tensor shape"):
-                executable.run({"x": x_of(13)})
+        for rows in (8, 13):
+            x = x_of(rows)
+            np.testing.assert_allclose(executable.run({"x": x})["y"], expected(mlp(), x), rtol=1e-5, atol=1e-6)
     made = [facts for name, facts in sdk.CALLS if name == "DataParallel" and "device_ids" in facts]
     assert made[0]["device_ids"] == [1, 2]
 
@@ -812,7 +811,7 @@ def test_a_changed_signature_makes_the_driver_fail(use: Callable[[Path], None], 
     _mutate(tmp_path, file, (old, new))
     use(tmp_path / "pytorch")
     cls, options = ENGINES[package.partition(":")[0].replace("_", "-")]
-    engine = cls(options(dynamic_batch=True, data_parallel="parallel" in package))
+    engine = cls(options(dynamic_batch=True, data_parallel_cores=1 + ("parallel" in package)))
     with pytest.raises((CompileError, TypeError, AttributeError, NameError)):
         engine.load(build(engine, scripted(mlp(), tmp_path), tmp_path), cores(0, 1))
 
