@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -14,18 +15,19 @@ class DriverError(RuntimeError):
     """The CUDA driver refused a request."""
 
 
-def settle(tensor: Any) -> None:
-    """Wait until a tensor on a CUDA device is complete.
+def settle(tensors: Sequence[Any]) -> None:
+    """Wait until tensors on one CUDA device are complete.
 
-    Its producer is asked, by DLPack's protocol, to have the legacy default stream come after the stream that it works on
-    in this thread; then the host waits for that stream, and for no other work of the process.
+    Their producers are asked, by DLPack's protocol, to have the legacy default stream come after the stream that each
+    works on in this thread; then the host waits for that stream, and for no other work of the process.
 
     Raises:
         DriverError: The driver is missing, or refuses.
-        Exception: The tensor does not let itself be exported.
+        Exception: A tensor does not let itself be exported.
     """
-    _, index = tensor.__dlpack_device__()
-    tensor.__dlpack__(stream=_LEGACY)
+    _, index = tensors[0].__dlpack_device__()
+    for tensor in tensors:
+        tensor.__dlpack__(stream=_LEGACY)
     driver = _driver()
     device, context, popped = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
     _checked(driver, "cuDeviceGet", driver.cuDeviceGet(ctypes.byref(device), ctypes.c_int(int(index))))

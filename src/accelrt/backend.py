@@ -363,10 +363,10 @@ class Backend(ABC):
         """
         return None
 
-    def settle(self, tensor: DeviceTensor) -> None:
-        """Wait until a tensor is complete that the caller of `predict` gives, and that other streams may still write.
+    def settle(self, tensors: Sequence[DeviceTensor]) -> None:
+        """Wait until tensors are complete that the caller of `predict` gives, and that other streams may still write.
 
-        Called for tensors on a device that `dlpack_device` names, before an engine sees them.
+        Called for the tensors of a call that are on one device that `dlpack_device` names, before an engine sees them.
 
         Raises:
             Exception: It cannot be told; the call fails.

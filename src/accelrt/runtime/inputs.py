@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from accelrt.backend import DeviceTensor, copy_to_host
+from accelrt.backend import HOST, DeviceTensor, copy_to_host
 from accelrt.errors import ExecutionError, InputError
 from accelrt.graph.types import (
     OptionalType,
@@ -102,7 +102,16 @@ class Binder:
             value: Any = named.get(port.name)
             where = device_of(value)
             bound[port.name] = coerce(value, port) if where is None else self._land(value, where, port)
-        return DeviceFeeds(bound) if any(isinstance(value, OnDevice) for value in bound.values()) else bound
+        waiting: dict[Place, list[OnDevice]] = {}
+        for name, value in bound.items():
+            if isinstance(value, OnDevice):
+                waiting.setdefault(self._landings[name][device_of(value.tensor) or HOST], []).append(value)
+        for place, values in waiting.items():
+            try:
+                place.settle([value.tensor for value in values])
+            except Exception as error:
+                raise InputError(f"The inputs on {place.device} cannot be waited for: {error}") from error
+        return DeviceFeeds(bound) if waiting else bound
 
     def _land(self, tensor: DeviceTensor, where: tuple[int, int], port: Port) -> Value | OnDevice:
         """Bind a tensor that lies on a device, there if it may stay, else a copy on the host."""
@@ -119,11 +128,6 @@ class Binder:
         _check_shape(layout.shape, port.type, port)
         if not layout.contiguous:
             return coerce(tensor, port)
-        try:
-            place.settle(tensor)
-        except Exception as error:
-            raise InputError(f"Input {port.name!r} on {place.device} cannot be waited for: {error}") from error
-
         def read() -> np.ndarray[Any, Any]:
             try:
                 return _contiguous(copy_to_host(tensor))

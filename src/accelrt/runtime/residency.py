@@ -26,12 +26,12 @@ class Place:
     Attributes:
         device: Its name: ``cuda:0``.
         dlpack: Its kind and index by DLPack's count, None if callers' tensors cannot be taken there.
-        settle: Waits until a caller's tensor is complete.
+        settle: Waits until callers' tensors there are complete.
     """
 
     device: str
     dlpack: tuple[int, int] | None
-    settle: Callable[[DeviceTensor], None]
+    settle: Callable[[Sequence[DeviceTensor]], None]
 
     @classmethod
     def on(cls, backend: Backend, device: Device) -> Place:

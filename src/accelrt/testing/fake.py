@@ -351,9 +351,10 @@ class FakeBackend(Backend):
     def dlpack_device(self, device: Device) -> tuple[int, int] | None:
         return (FAKE_KIND, device.index) if self.config.device_tensors else None
 
-    def settle(self, tensor: DeviceTensor) -> None:
-        if isinstance(tensor, FakeTensor):
-            tensor.settle()
+    def settle(self, tensors: Sequence[DeviceTensor]) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, FakeTensor):
+                tensor.settle()
 
     def groups(self, environ: Mapping[str, str], devices: Sequence[Device]) -> tuple[Group, ...]:
         if not self.config.neuron_variables:
