@@ -6,7 +6,8 @@ Parts:
   every usable engine of accelrt's ``cuda`` backend (``--auto`` adds the target ``auto``) beside eager PyTorch,
   `torch.compile`, a CUDA graph of PyTorch, and onnxruntime's CUDA provider with and without IO binding and CUDA graph.
 - ``roofline``: the share of the GPU's measured rate of bf16 matrix products that both networks reach at batch 64.
-- ``fallback``: a graph with nodes in its middle that no GPU engine takes: the answer, the bytes that cross, the refusal.
+- ``fallback``: a graph with nodes in its middle that no GPU engine takes: the answer, the bytes that cross, what is
+  refused.
 - ``soak SECONDS``: two models under 16 threads: right answers, memory that does not grow.
 - ``suite``: ONNX's backend suite through the backend.
 
@@ -165,9 +166,7 @@ def models(ground: Any, arguments: argparse.Namespace, report: Report) -> None:
                 _table(ground, arguments, report, (network, batch, precision), end)
 
 
-def _table(
-    ground: Any, arguments: argparse.Namespace, report: Report, which: tuple[str, int, str], end: float
-) -> None:
+def _table(ground: Any, arguments: argparse.Namespace, report: Report, which: tuple[str, int, str], end: float) -> None:
     from gpu_contestants import Contestant, reference, relative_l2
 
     network, batch, precision = which
@@ -198,6 +197,7 @@ def _table(
             )
         if ready:
             _time(ready, errors, label, report)
+        ready.clear()  # before what they held on the device is freed
 
 
 def _time(ready: Mapping[str, Any], errors: Mapping[str, float], label: Mapping[str, Any], report: Report) -> None:
@@ -243,7 +243,7 @@ def _makers(ground: Any, arguments: argparse.Namespace, task: Any) -> Iterator[t
         yield f"accelrt {target}", partial(accelrt_on, ground, task, target)
     for way in ("host to host", "bound", "CUDA graph"):
         yield f"onnxruntime, {way}", partial(onnxruntime_as, ground, task, way)
-    compiled = ("compile", "compile reduce-overhead")
+    compiled = ("compile frozen and CUDA graph", "compile", "compile reduce-overhead")
     longest = ("compile max-autotune-no-cudagraphs",) if arguments.max_autotune else ()
     for way in ("eager", "CUDA graph", *compiled, *longest):
         yield f"torch {way}", partial(torch_as, ground, task, way)
@@ -300,7 +300,10 @@ def roofline(ground: Any, arguments: argparse.Namespace, report: Report) -> None
             makers: list[tuple[str, Callable[[], Any]]] = [
                 (f"accelrt {target}", partial(accelrt_on, ground, task, target)) for target in ground.engines()
             ]
-            makers += [(f"torch {way}", partial(torch_as, ground, task, way)) for way in ("CUDA graph", "compile")]
+            makers += [
+                (f"torch {way}", partial(torch_as, ground, task, way))
+                for way in ("CUDA graph", "compile frozen and CUDA graph")
+            ]
             for name, make in makers:
                 try:
                     contestant = make()[name]
@@ -368,7 +371,8 @@ def fallback(ground: Any, arguments: argparse.Namespace, report: Report) -> None
             stats = session.stats()
         worst = max(float(np.linalg.norm(one - truth) / np.linalg.norm(truth)) for one in found)
         foretold = [
-            tuple(getattr(segment, side) for segment in artifact.placement.segments) for side in ("from_host", "to_host")
+            tuple(getattr(segment, side) for segment in artifact.placement.segments)
+            for side in ("from_host", "to_host")
         ]
         counted = [(each.to_device / calls, each.to_host / calls) for each in stats.traffic]
         report.add(

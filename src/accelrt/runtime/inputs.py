@@ -128,6 +128,7 @@ class Binder:
         _check_shape(layout.shape, port.type, port)
         if not layout.contiguous:
             return coerce(tensor, port)
+
         def read() -> np.ndarray[Any, Any]:
             try:
                 return _contiguous(copy_to_host(tensor))
