@@ -16,6 +16,8 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias, runtime_checkable
 
+import numpy as np
+
 from accelrt.cores import Group
 from accelrt.graph.node import Node
 from accelrt.graph.types import Signature, Value
@@ -146,6 +148,10 @@ class Program:
     remark: str = ""
 
 
+HOST = (1, 0)
+"""The host as DLPack names devices: kind (``kDLCPU``) and index."""
+
+
 @runtime_checkable
 class DeviceTensor(Protocol):
     """A tensor where it was computed, as DLPack's Python protocol has it: whoever reads it copies nothing."""
@@ -153,6 +159,30 @@ class DeviceTensor(Protocol):
     def __dlpack__(self, *, stream: Any = None) -> Any: ...
 
     def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+class _OnHost:
+    """A tensor as the copy in the host's memory that it is asked for, for readers that know the host only."""
+
+    def __init__(self, tensor: Any) -> None:
+        self._tensor = tensor
+
+    def __dlpack__(self, **request: Any) -> Any:
+        return self._tensor.__dlpack__(**{**request, "dl_device": HOST, "copy": True})
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return HOST
+
+
+def copy_to_host(tensor: DeviceTensor) -> np.ndarray[Any, Any]:
+    """Ask a tensor for a copy of itself in the host's memory, as DLPack has it since version 1.
+
+    Raises:
+        Exception: The tensor knows no such request, or fails.
+    """
+    array = np.from_dlpack(_OnHost(tensor))
+    # numpy marks as read-only what a producer of before version 1 gives; this copy is the caller's.
+    return array if array.flags.writeable else array.copy()
 
 
 class Executable(ABC):
@@ -177,13 +207,28 @@ class Executable(ABC):
         is given has been computed before the call, and what is returned before it ends, whatever stream did it.
 
         Args:
-            inputs: By name: values as `run` takes them, or tensors on this executable's device, made by any engine.
-            keep: Outputs to be returned as tensors on the device; the others as `run` returns them.
+            inputs: By name: values as `run` takes them, or tensors on this executable's device in C order, made by any
+                engine or by the caller of `predict`.
+            keep: Outputs to be returned as tensors on the device, in C order, of memory that no later run touches; the
+                others as `run` returns them. Only tensors of numpy's own dtypes are asked for.
 
         Raises:
             What `run` raises.
         """
         raise NotImplementedError
+
+    def to_host(self, tensor: DeviceTensor) -> np.ndarray[Any, Any]:
+        """Return a copy in the host's memory of a tensor that `run_resident` of this executable returned.
+
+        May be called from several threads, during runs, and for a tensor whose executable would fail by now. By default
+        the tensor is asked for the copy, as DLPack has it since version 1 (``dl_device``); an engine whose tensors
+        cannot do that overrides this.
+
+        Raises:
+            DeviceLost: The device is gone, and the tensor with it.
+            Exception: Anything else keeps this tensor from being read.
+        """
+        return copy_to_host(tensor)
 
     @abstractmethod
     def close(self) -> None:
@@ -309,6 +354,24 @@ class Backend(ABC):
         """
         indices = tuple(device.index for device in devices)
         return (Group(indices),) if indices else ()
+
+    def dlpack_device(self, device: Device) -> tuple[int, int] | None:
+        """Return how DLPack names a device, kind and index: ``(2, 0)`` for CUDA's first.
+
+        None, the default, says that tensors which the caller of `predict` has there cannot be taken as they are: they
+        go through the host.
+        """
+        return None
+
+    def settle(self, tensors: Sequence[DeviceTensor]) -> None:
+        """Wait until tensors are complete that the caller of `predict` gives, and that other streams may still write.
+
+        Called for the tensors of a call that are on one device that `dlpack_device` names, before an engine sees them.
+
+        Raises:
+            Exception: It cannot be told; the call fails.
+        """
+        raise NotImplementedError
 
     def occupants(self) -> Mapping[int, Sequence[str]]:
         """Return which other processes of this machine hold devices, by index, as texts: ``process 4242``.

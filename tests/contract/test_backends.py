@@ -142,6 +142,12 @@ class TestStandIn(BackendContract):
     backend_class = FakeBackend.configured(operators={"Gemm", "Relu", "Conv", "MaxPool", "Reshape"})
 
 
+class TestResidentStandIn(BackendContract):
+    """One whose tensors stay on the device."""
+
+    backend_class = FakeBackend.configured("holds", operators={"Gemm", "Relu", "Softmax"}, device_tensors=True)
+
+
 class TestSerialStandIn(BackendContract):
     """One that takes a single call at a time, so that sessions must take turns."""
 

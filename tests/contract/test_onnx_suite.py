@@ -1,4 +1,4 @@
-"""ONNX's own backend suite through accelrt: on the CPU, and on stand-ins that refuse and fail.
+"""ONNX's own backend suite through accelrt: on the CPU, on stand-ins that refuse and fail, and on a GPU.
 
 Slow (about a minute a target), so marked `suite`. Each test prints how many nodes ran where.
 """
@@ -57,11 +57,29 @@ def _cases(backend: type[AccelrtBackend]) -> Iterator[tuple[str, Any]]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_case_passes_and_says_where_it_ran(target: str, record_property: Callable[[str, object], None]) -> None:
-    logging.disable(logging.WARNING)
     if target != "cpu":
         accelrt.register(FakeBackend.configured(target, **TARGETS[target]))
-    # But for the target that is told to fail at run, what the placement says must be where it ran.
-    backend = backend_for(target, fallback="allow" if target == "run-fails" else "error")
+    try:
+        # But for the target that is told to fail at run, what the placement says must be where it ran.
+        ran = _run_all(target, "allow" if target == "run-fails" else "error", record_property)
+    finally:
+        REGISTRY.unregister(target)
+    if target != "cpu":
+        assert ran[f"{target}/fake"] > 1000
+
+
+@pytest.mark.gpu
+def test_every_case_passes_on_a_gpu(record_property: Callable[[str, object], None]) -> None:
+    if "cuda" not in REGISTRY.names() or not REGISTRY.backend("cuda").devices():
+        pytest.skip("there is no backend cuda here, or no GPU")
+    ran = _run_all("cuda", "error", record_property)
+    assert sum(count for engine, count in ran.items() if engine.startswith("cuda/")) > 1000
+
+
+def _run_all(target: str, fallback: str, record_property: Callable[[str, object], None]) -> Counter[str]:
+    """Run all cases through a target; return how many nodes ran on each engine."""
+    logging.disable(logging.WARNING)
+    backend = backend_for(target, fallback=fallback)
     passed, failed, skipped = 0, {}, []
     try:
         for name, run in _cases(backend):
@@ -74,7 +92,6 @@ def test_every_case_passes_and_says_where_it_ran(target: str, record_property: C
                 failed[name] = f"{type(error).__name__}: {error}"
     finally:
         logging.disable(logging.NOTSET)
-        REGISTRY.unregister(target)
     ran: Counter[str] = Counter()
     for (engine, _), count in backend.nodes.items():
         ran[engine] += count
@@ -85,8 +102,7 @@ def test_every_case_passes_and_says_where_it_ran(target: str, record_property: C
     assert passed >= 2022
     # Passing must not mean that everything was sent to the reference evaluator.
     assert ran["cpu/reference"] < 0.1 * sum(ran.values())
-    if target != "cpu":
-        assert ran[f"{target}/fake"] > 1000
+    return ran
 
 
 def test_exceptions_are_cases_of_the_suite() -> None:

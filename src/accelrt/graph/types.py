@@ -195,3 +195,9 @@ def static_bytes(type_: ValueType | None) -> int | None:
             return None
         count *= dim
     return (count * bits_of(type_.dtype) + 7) // 8
+
+
+def shareable(type_: ValueType | None) -> bool:
+    """Tell whether values of a type can be handed from one runtime to another where they lie: tensors of numpy's own
+    dtypes, which every reader of DLPack knows."""
+    return isinstance(type_, TensorType) and type_.dtype in _NATIVE

@@ -10,9 +10,10 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from accelrt.errors import UnsupportedNodes
-from accelrt.graph.types import static_bytes
+from accelrt.graph.types import shareable, static_bytes
 from accelrt.nature import mark_of
 from accelrt.policy import Fallback, announce
+from accelrt.registry import CPU
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,7 +54,9 @@ class SegmentPlace:
     ``weight_bytes`` counts the weights its nodes read. ``bytes_in`` and ``bytes_out`` count what crosses from and to
     other segments on each run, None where a dimension is open. ``nature`` says whether the engine is real,
     emulated or a stand-in. ``seconds`` is the median of one run as it was measured, transfer included, None if the
-    model was not tuned. ``batch`` is the batch size it is specialised to, None for any; ``stage`` the stage of the
+    model was not tuned. ``from_host`` and ``to_host`` count what of that is copied between the host and the device,
+    with the model's inputs and outputs, when these are arrays on the host: 0 on the CPU, None where a dimension is
+    open. ``batch`` is the batch size it is specialised to, None for any; ``stage`` the stage of the
     pipeline it belongs to, None if there is no pipeline.
     """
 
@@ -68,6 +71,15 @@ class SegmentPlace:
     seconds: float | None = None
     batch: int | None = None
     stage: int | None = None
+    from_host: int | None = None
+    to_host: int | None = None
+
+    @property
+    def resident(self) -> bool:
+        """Whether something stays on the device between this segment and another."""
+        return self.device_kind != CPU and (
+            self.from_host not in (None, self.bytes_in) or self.to_host not in (None, self.bytes_out)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +207,7 @@ class Placement:
             if data[name] is None:
                 del data[name]
         for segment in data["segments"]:
-            for name in ("seconds", "batch", "stage"):
+            for name in ("seconds", "batch", "stage", "from_host", "to_host"):
                 if segment[name] is None:
                     del segment[name]
         return data
@@ -239,7 +251,13 @@ class Placement:
         for heading in ("#", *kinds, "engine", "precision"):
             table.add_column(heading, no_wrap=True)
         timed = any(segment.seconds is not None for segment in self.segments)
-        for heading in (*(("time",) if timed else ()), "nodes", "weights", "in", "out"):
+        # What crosses to the host is what goes in and out, unless something stays on a device.
+        stays = any(segment.resident for segment in self.segments)
+        for heading in (
+            *(("time",) if timed else ()),
+            *("nodes", "weights", "in", "out"),
+            *(("from host", "to host") if stays else ()),
+        ):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("operators", overflow="fold")
         for index, segment in enumerate(self.segments):
@@ -256,6 +274,7 @@ class Placement:
                 human_bytes(segment.weight_bytes),
                 human_bytes(segment.bytes_in),
                 human_bytes(segment.bytes_out),
+                *((human_bytes(segment.from_host), human_bytes(segment.to_host)) if stays else ()),
                 Text(_operators(segment.nodes) if self.whole is None else f"whole, as {self.whole.format}"),
             )
         parts: list[RenderableType] = [table, Text(self._summary(total))]
@@ -355,7 +374,7 @@ def _segment(data: Mapping[str, Any]) -> SegmentPlace:
         None if data["bytes_in"] is None else _size(data["bytes_in"]),
         None if data["bytes_out"] is None else _size(data["bytes_out"]),
         _seconds(data["seconds"]) if "seconds" in data else None,
-        *(_size(data[key]) if key in data else None for key in ("batch", "stage")),
+        *(_size(data[key]) if key in data else None for key in ("batch", "stage", "from_host", "to_host")),
     )
 
 
@@ -433,7 +452,18 @@ def place(
     ``seconds`` are the times of its pieces, if they were measured.
     """
     last_use = _readers(graph, partition)
+    places = [_place_of(candidates[piece.owner], number, partition) for number, piece in enumerate(partition.pieces)]
+    makers = {
+        name: n for n, piece in enumerate(partition.pieces) for i in piece.nodes for name in graph.nodes[i].writes
+    }
     outputs = set(graph.signature.output_names)
+
+    def stays(name: str, readers: set[int]) -> bool:
+        """Whether a value is made on the device where all these pieces read it, and may stay there."""
+        maker = places[makers[name]] if name in makers else None
+        here = maker is not None and shareable(graph.types.get(name))
+        return here and all(places[reader] == maker for reader in readers)
+
     segments = []
     for number, piece in enumerate(partition.pieces):
         candidate = candidates[piece.owner]
@@ -442,6 +472,7 @@ def place(
         read = {name for node in nodes for name in node.reads}
         entering = [n for n in read if n not in produced and n not in graph.initializers and n in last_use]
         leaving = [n for n in produced if n in outputs or last_use.get(n, set()) - {number}]
+        crossing = [n for n in leaving if n in outputs or not stays(n, last_use.get(n, set()) - {number})]
         weights: dict[str, int] = {}
         for node in nodes:
             weights.update(graph.weight_bytes(node))
@@ -458,6 +489,11 @@ def place(
                 None if seconds is None else seconds[number],
                 batch,
                 partition.stages[number] if partition.stages else None,
+                *(
+                    (0, 0)
+                    if candidate.backend.name == CPU
+                    else (_total(graph, [n for n in entering if not stays(n, {number})]), _total(graph, crossing))
+                ),
             )
         )
     refusals = tuple(
@@ -467,6 +503,13 @@ def place(
         if verdict is not None and not verdict.supported
     )
     return Placement(target, candidates[0].name, tuple(segments), refusals, precision, tuning)
+
+
+def _place_of(candidate: Candidate, number: int, partition: Partition) -> tuple[str, int | None] | None:
+    """Return on what a piece leaves its tensors, None if it leaves none: a backend's device, of a stage its own."""
+    if not candidate.engine.caps.device_tensors:
+        return None
+    return candidate.backend.name, partition.stages[number] if partition.stages else None
 
 
 def merge(placements: Sequence[Placement]) -> Placement:

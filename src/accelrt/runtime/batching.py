@@ -16,6 +16,7 @@ import numpy as np
 from accelrt.errors import DeviceLost, InputError, OptionError, RequestTimeout, SessionClosed
 from accelrt.graph.types import Value
 from accelrt.runtime.buckets import rows_of, sliced
+from accelrt.runtime.inputs import fetched
 from accelrt.runtime.runner import Outputs, OverlappingRunner, Runner
 
 MAX_QUEUED = 1024
@@ -124,7 +125,7 @@ class RequestBatcher:
         """Queue a request; waits while too many are queued. The future can be cancelled until its run begins.
 
         Args:
-            feeds: Arrays by name, all of as many rows.
+            feeds: Arrays by name, all of as many rows; tensors on a device are copied to the host.
             timeout: Seconds in place of the batcher's own.
 
         Raises:
@@ -132,6 +133,7 @@ class RequestBatcher:
             RequestTimeout: The time was over while too many were queued.
             SessionClosed: The batcher was closed.
         """
+        feeds = fetched(feeds)  # rows are joined and cut on the host
         if strange := [name for name, value in feeds.items() if not isinstance(value, np.ndarray)]:
             raise InputError(f"Input {strange[0]!r} of a request must be an array, not {type(feeds[strange[0]])!r}.")
         seconds = self._timeout if timeout is None else timeout

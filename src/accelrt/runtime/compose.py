@@ -15,6 +15,7 @@ from accelrt.runtime.faults import Faults
 from accelrt.runtime.pipeline import Pipeline, chain
 from accelrt.runtime.replica import Replica
 from accelrt.runtime.runner import Outputs, Runner
+from accelrt.runtime.traffic import Link
 
 
 def divide(artifact: Artifact) -> dict[int | None, list[Artifact]]:
@@ -103,7 +104,12 @@ class Assembly(Replica):
     def padding_rows(self) -> int:
         return self._runner.stats().padding if isinstance(self._runner, BucketRunner) else 0
 
-    def compute(self, feeds: Mapping[str, Value]) -> Outputs:
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return tuple(dict.fromkeys(link for part in self._parts for link in part.links))
+
+    def compute(self, feeds: Mapping[str, Value], *, stay: bool = False) -> Outputs:
+        """Compute one call. Outputs are on the host whatever ``stay`` says: rows are cut and parts joined there."""
         return self._runner.run(feeds)
 
     def shortcut(self, drop: Callable[[], None]) -> Callable[[Mapping[str, Value]], Outputs] | None:

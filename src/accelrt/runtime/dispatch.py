@@ -37,8 +37,10 @@ class Dispatcher:
         for replica in replicas:
             replica.retire = self._retire
 
-    def run(self, feeds: Mapping[str, Value]) -> Outputs:
+    def run(self, feeds: Mapping[str, Value], *, stay: bool = False) -> Outputs:
         """Compute one call on an idle replica, on another one if its device is lost meanwhile.
+
+        ``stay`` leaves outputs on the replica's device, as `Replica.compute` has it.
 
         Raises:
             ExecutionError: A segment failed on every engine that may run it.
@@ -50,7 +52,7 @@ class Dispatcher:
             if replica.retired:
                 continue
             try:
-                return replica.run(feeds)
+                return replica.run(feeds, stay=stay)
             except ReplicaRetired:
                 self._faults.move()
             finally:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from accelrt.errors import InputError
+from accelrt.backend import HOST, DeviceTensor, copy_to_host
+from accelrt.errors import ExecutionError, InputError
 from accelrt.graph.types import (
     OptionalType,
     Port,
@@ -19,13 +21,24 @@ from accelrt.graph.types import (
     ValueType,
     numpy_dtype,
 )
+from accelrt.runtime.dlpack import layout_of
+from accelrt.runtime.residency import HOST_KINDS, DeviceFeeds, OnDevice, Place
+
+Landings: TypeAlias = Mapping[str, Mapping[tuple[int, int], Place]]
+"""The devices on which an input may lie, by its name and DLPack's device."""
 
 
 class Binder:
-    """Turns what a caller gave into checked arrays by name. Arrays that fit are passed on without a copy."""
+    """Turns what a caller gave into checked arrays by name. Arrays that fit are passed on without a copy.
 
-    def __init__(self, signature: Signature) -> None:
+    Args:
+        signature: That of the model.
+        landings: Where tensors are passed on without a copy on devices, too; tensors on others are copied to the host.
+    """
+
+    def __init__(self, signature: Signature, landings: Landings = MappingProxyType({})) -> None:
         self._signature = signature
+        self._landings = landings
         self._names = signature.input_names
         self._count = len(signature.inputs)
         tensors = [(port.name, port.type) for port in signature.inputs if isinstance(port.type, TensorType)]
@@ -84,7 +97,70 @@ class Binder:
             problems = [f"missing: {', '.join(missing)}"] * bool(missing)
             problems += [f"unknown: {', '.join(map(repr, unknown))}"] * bool(unknown)
             raise InputError(f"Inputs do not fit ({'; '.join(problems)}). The model takes {self._signature}.")
-        return {port.name: coerce(named.get(port.name), port) for port in self._signature.inputs}
+        bound: dict[str, Any] = {}
+        for port in self._signature.inputs:
+            value: Any = named.get(port.name)
+            where = device_of(value)
+            bound[port.name] = coerce(value, port) if where is None else self._land(value, where, port)
+        waiting: dict[Place, list[OnDevice]] = {}
+        for name, value in bound.items():
+            if isinstance(value, OnDevice):
+                waiting.setdefault(self._landings[name][device_of(value.tensor) or HOST], []).append(value)
+        for place, values in waiting.items():
+            try:
+                place.settle([value.tensor for value in values])
+            except Exception as error:
+                raise InputError(f"The inputs on {place.device} cannot be waited for: {error}") from error
+        return DeviceFeeds(bound) if waiting else bound
+
+    def _land(self, tensor: DeviceTensor, where: tuple[int, int], port: Port) -> Value | OnDevice:
+        """Bind a tensor that lies on a device, there if it may stay, else a copy on the host."""
+        place = self._landings.get(port.name, {}).get(where)
+        if place is None or not isinstance(port.type, TensorType):
+            return coerce(tensor, port)
+        try:
+            layout = layout_of(tensor)
+        except Exception as error:
+            raise _misfit(port, f"a {type(tensor).__name__} on a device that is not given away: {error}") from error
+        if layout.dtype != port.type.dtype:
+            found = f"an array of dtype {layout.dtype} on {place.device}"
+            raise _misfit(port, found, f"Convert it to {port.type.dtype} there.")
+        _check_shape(layout.shape, port.type, port)
+        if not layout.contiguous:
+            return coerce(tensor, port)
+
+        def read() -> np.ndarray[Any, Any]:
+            try:
+                return _contiguous(copy_to_host(tensor))
+            except Exception as error:
+                raise ExecutionError(
+                    f"Input {port.name!r} cannot be read from {place.device}, where it was given: {error}",
+                    hint="Give it as an array on the host.",
+                ) from error
+
+        return OnDevice(tensor, place.device, read)
+
+
+def device_of(value: Any) -> tuple[int, int] | None:
+    """Return the device that a tensor lies on, by DLPack's count; None for all that the host can read."""
+    if isinstance(value, np.ndarray | np.generic) or not hasattr(value, "__dlpack_device__"):
+        return None
+    try:
+        kind, index = value.__dlpack_device__()
+    except Exception:  # noqa: BLE001 - a tensor that tells no device is read as any other value
+        return None
+    return None if int(kind) in HOST_KINDS else (int(kind), int(index))
+
+
+def fetched(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return inputs with those copied to the host that lie on a device, for what cuts and joins rows.
+
+    Raises:
+        InputError: One gives no copy of itself.
+    """
+    if all(device_of(value) is None for value in feeds.values()):
+        return feeds
+    return {name: value if device_of(value) is None else _fetch(value, name) for name, value in feeds.items()}
 
 
 def bind_examples(signature: Signature, examples: Any, *, strict: bool) -> Mapping[str, Value] | None:
@@ -151,7 +227,7 @@ def _coerce(value: Any, type_: ValueType, port: Port) -> Value:
             return [_coerce(item, element, port) for item in value]
         case TensorType():
             array = _array(value, type_, port)
-            _check_shape(array, type_, port)
+            _check_shape(array.shape, type_, port)
             return array
 
 
@@ -170,6 +246,10 @@ def _array(value: Any, type_: TensorType, port: Port) -> np.ndarray[Any, Any]:
                 port, f"{_type_name(array)} of dtype {array.dtype}", f"Convert it: x.astype({type_.dtype!r})."
             )
         array = array.astype(dtype)
+    return _contiguous(array)
+
+
+def _contiguous(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     # `ascontiguousarray` would make a vector of a scalar.
     return array if array.flags.c_contiguous else array.copy(order="C")
 
@@ -177,6 +257,8 @@ def _array(value: Any, type_: TensorType, port: Port) -> np.ndarray[Any, Any]:
 def _from_foreign(value: Any, port: Port) -> np.ndarray[Any, Any]:
     if isinstance(value, np.ndarray | np.generic):
         return np.asarray(value)
+    if device_of(value) is not None:
+        return _fetch(value, port.name)
     try:
         if hasattr(value, "__array__"):
             return np.asarray(value)
@@ -185,6 +267,17 @@ def _from_foreign(value: Any, port: Port) -> np.ndarray[Any, Any]:
     except Exception as error:
         raise _misfit(port, f"a {type(value).__name__} that gives no array: {error}") from error
     raise _misfit(port, f"a {type(value).__name__}", "Anything with __array__ or __dlpack__ will do.")
+
+
+def _fetch(tensor: DeviceTensor, name: str) -> np.ndarray[Any, Any]:
+    try:
+        return copy_to_host(tensor)
+    except Exception as error:
+        raise InputError(
+            f"Input {name!r} is a {type(tensor).__name__} on device {device_of(tensor)} of DLPack, which gives no copy "
+            f"of itself: {type(error).__name__}: {error}",
+            hint="Copy it to the host first: tensor.cpu() of PyTorch, cupy.asnumpy(array).",
+        ) from error
 
 
 def _from_python(value: Any, type_: TensorType, dtype: np.dtype[Any], port: Port) -> np.ndarray[Any, Any]:
@@ -241,15 +334,15 @@ def _text(array: np.ndarray[Any, Any], port: Port) -> np.ndarray[Any, Any]:
     return texts
 
 
-def _check_shape(array: np.ndarray[Any, Any], type_: TensorType, port: Port) -> None:
+def _check_shape(found: tuple[int, ...], type_: TensorType, port: Port) -> None:
     shape = type_.shape
     if shape is None:
         return
-    fits = array.ndim == len(shape) and all(
-        not isinstance(want, int) or want == have for want, have in zip(shape, array.shape, strict=True)
+    fits = len(found) == len(shape) and all(
+        not isinstance(want, int) or want == have for want, have in zip(shape, found, strict=True)
     )
     if not fits:
-        raise _misfit(port, f"shape {list(array.shape)}")
+        raise _misfit(port, f"shape {list(found)}")
 
 
 def _type_name(array: np.ndarray[Any, Any]) -> str:

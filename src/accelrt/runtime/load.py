@@ -30,7 +30,7 @@ from accelrt.errors import (
     TargetError,
     UntrustedProgram,
 )
-from accelrt.graph.types import Value
+from accelrt.graph.types import Value, shareable
 from accelrt.options import Options
 from accelrt.policy import Fallback, announce
 from accelrt.precision.plan import plan, precision_named
@@ -42,8 +42,10 @@ from accelrt.runtime.faults import Faults, StandIn
 from accelrt.runtime.ledger import LEDGER, Holders, pool_name
 from accelrt.runtime.place import Spot, place
 from accelrt.runtime.replica import Replica, Step
+from accelrt.runtime.residency import Place, mark_kept
 from accelrt.runtime.runner import Runner
 from accelrt.runtime.session import Session
+from accelrt.runtime.traffic import Link
 from accelrt.target import Target, parse
 
 logger = logging.getLogger("accelrt")
@@ -234,9 +236,10 @@ class _Loader:
     def session(self) -> Session:
         workers = workers_of(self.asked, self.artifact.manifest)
         faults = Faults(self.fallback)
+        links: dict[str, Link] = {}
         with ExitStack() as stack:
             parts = {
-                size: [_PartLoader(part, self.target, self.asked, self.fallback, self.tried) for part in stages]
+                size: [_PartLoader(part, self.target, self.asked, self.fallback, self.tried, links) for part in stages]
                 for size, stages in divide(self.artifact).items()
             }
             # They hold on to the artifact, whose folder the programs are read from; closed last.
@@ -358,12 +361,20 @@ def _shares(devices: tuple[Device, ...], widths: Sequence[int]) -> list[tuple[De
 class _PartLoader:
     """Loads copies of one part of a model: all of it, or what is of one batch size or one stage.
 
-    ``stand_ins`` are shared by all copies, and closed by whoever made this.
+    ``stand_ins`` are shared by all copies, and closed by whoever made this; ``links`` to devices, by their names, by
+    all parts of a session.
     """
 
     def __init__(
-        self, artifact: Artifact, target: Target, asked: Asked, fallback: Fallback, tried: frozenset[str]
+        self,
+        artifact: Artifact,
+        target: Target,
+        asked: Asked,
+        fallback: Fallback,
+        tried: frozenset[str],
+        links: dict[str, Link],
     ) -> None:
+        self._links = links
         self.artifact, self.target, self.asked, self.fallback, self.tried = artifact, target, asked, fallback, tried
         self.stand_ins = [StandIn(partial(self._stand_in, index)) for index in range(len(artifact.manifest.segments))]
 
@@ -406,6 +417,10 @@ class _PartLoader:
                 given = devices[:need] if ours else _some_devices(backend, need)
                 step.executable = load_program(engine, self._program(segment, engine), given)
                 stack.callback(step.executable.close)
+                if backend.name != CPU:
+                    step.link = self._links.setdefault(given[0].name, Link(given[0].name))
+                if engine.caps.device_tensors and len(given) == 1:
+                    step.place = Place.on(backend, given[0])
                 # A device beside the CPU is kept busy by calls of its own; on the CPU one counts.
                 calls = max(calls, engine.caps.parallelism * (len(given) if ours else 1))
             except (DeviceError, IncompatibleProgram) as error:
@@ -417,6 +432,8 @@ class _PartLoader:
                 announce(self.fallback, f"{segment.name} cannot take its segment; the CPU runs it: {error}")
             steps.append(step)
         mark_spent(steps, self.artifact.signature.output_names)
+        yielded = (port for segment in self.artifact.manifest.segments for port in segment.signature.outputs)
+        mark_kept(steps, self.artifact.signature.output_names, {port.name for port in yielded if shareable(port.type)})
         names = tuple(device.name for device in devices)
         return Replica(self.artifact.signature, steps, faults, devices=names, parallelism=calls)
 

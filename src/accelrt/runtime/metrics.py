@@ -106,6 +106,16 @@ class ReplicaStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes of tensors that were copied between the host and one device for a session: by calls that are done with
+    them, not when programs are loaded. What stays on the device from one segment to the next is not among them."""
+
+    device: str
+    to_device: int
+    to_host: int
+
+
+@dataclass(frozen=True, slots=True)
 class SessionStats:
     """What a session has done.
 
@@ -119,6 +129,7 @@ class SessionStats:
         workers: Calls that `submit` and `map` have in flight at a time.
         replicas: What each copy of the model has done.
         padding_rows: Rows that were computed to no use, to fill up batch sizes that the model is specialised to.
+        traffic: Bytes between the host and each device other than the CPU, in the order of their names.
     """
 
     calls: int
@@ -130,3 +141,14 @@ class SessionStats:
     workers: int
     replicas: tuple[ReplicaStats, ...]
     padding_rows: int
+    traffic: tuple[Traffic, ...] = ()
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes copied between the host and all devices, both ways together."""
+        return sum(each.to_device + each.to_host for each in self.traffic)
+
+    @property
+    def host_bytes_per_call(self) -> float | None:
+        """The mean of `host_bytes` over the calls that returned, None before the first."""
+        return self.host_bytes / self.latency.n if self.latency.n else None

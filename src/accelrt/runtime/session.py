@@ -10,15 +10,17 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from accelrt.errors import ExecutionError, SessionClosed
+from accelrt.errors import ExecutionError, OptionError, SessionClosed
 from accelrt.graph.types import Signature, Value
+from accelrt.runtime.dispatch import Dispatcher
 from accelrt.runtime.faults import Faults, peek
 from accelrt.runtime.inputs import Binder
 from accelrt.runtime.metrics import LatencyHistogram, SessionStats
 from accelrt.runtime.pool import Feeder
 from accelrt.runtime.replica import Replica, ReplicaRetired
+from accelrt.runtime.residency import Place
 from accelrt.runtime.runner import Outputs, Runner
 
 
@@ -43,10 +45,12 @@ class Session:
         self._runner = runner
         self._faults = faults
         self._resources = resources
-        self._binder = Binder(signature)
+        self._binder = Binder(signature, _landings(self._replicas))
         self._histogram = LatencyHistogram()
         # Counters that many threads advance without a lock: `next` on a count is atomic.
         self._entered, self._left, self._failed = itertools.count(), itertools.count(), itertools.count()
+        # Kept beside the replicas, which let go of theirs when they are closed.
+        self._links = sorted({link for each in self._replicas for link in each.links}, key=lambda link: link.device)
         self._closed = False
         self._closing = threading.Lock()
         self._feeder = Feeder(self.predict, workers)
@@ -57,19 +61,25 @@ class Session:
         if self._alone is not None:
             self._run = self._alone.shortcut(self._drop_shortcut) or self._alone.compute
 
-    def predict(self, *inputs: Any) -> Outputs:
+    def predict(self, *inputs: Any, outputs: Literal["host", "device"] = "host") -> Outputs:
         """Compute the outputs of one call, in the caller's thread; with several replicas on one that is idle.
 
         Args:
             inputs: One mapping of names to values, or the values in the signature's order. Arrays (numpy's, or
                 anything with ``__array__`` or ``__dlpack__``) must have the dtype and shape that the signature says;
-                Python numbers and lists take the dtype.
+                Python numbers and lists take the dtype. A tensor on the device of a segment that reads it is not
+                copied, if it lies in C order and the engine takes it so; any other is copied to the host. Do not write
+                to it before the call returns.
+            outputs: ``device`` leaves each output where the segment that yields it left it, and returns it as a DLPack
+                tensor: on the device without a copy where that segment's engine can, otherwise a numpy array, which
+                is a DLPack tensor on the host. So are all outputs of pipelines and models for several batch sizes.
 
         Returns:
             A numpy array for each output by name (a list for a sequence, None for an empty optional).
 
         Raises:
-            InputError: An input does not fit the signature.
+            InputError: An input does not fit the signature, or lies where it cannot be read.
+            OptionError: ``outputs`` is neither of the two.
             ExecutionError: A segment failed on every engine that may run it.
             SessionClosed: The session was closed.
         """
@@ -78,9 +88,9 @@ class Session:
             if self._closed:
                 raise SessionClosed("The session was closed.", hint="Load the artifact again.")
             start = time.perf_counter_ns()
-            outputs = self._run(self._binder.bind(inputs))
+            found = self._run(self._binder.bind(inputs)) if outputs == "host" else self._run_there(inputs, outputs)
             self._histogram.record(time.perf_counter_ns() - start)
-            return outputs
+            return found
         except BaseException:
             next(self._failed)
             raise
@@ -150,6 +160,7 @@ class Session:
             workers=self._feeder.workers,
             replicas=replicas,
             padding_rows=sum(replica.padding_rows for replica in self._replicas),
+            traffic=tuple(link.traffic() for link in self._links),
         )
 
     def close(self) -> None:
@@ -182,9 +193,28 @@ class Session:
         """The first replica in use, which speaks for all: they run the same segments."""
         return next((replica for replica in self._replicas if not replica.retired), self._replicas[0])
 
+    def _run_there(self, inputs: tuple[Any, ...], outputs: str) -> Outputs:
+        """Compute one call whose outputs stay on a device, where the runner can have them there."""
+        if outputs != "device":
+            raise OptionError(f"outputs are wanted on 'host' or 'device', not on {outputs!r}.")
+        feeds = self._binder.bind(inputs)
+        runner = self._runner
+        if isinstance(runner, Dispatcher):
+            return runner.run(feeds, stay=True)
+        return self._run(feeds) if self._alone is None else self._alone.compute(feeds, stay=True)
+
     def _drop_shortcut(self) -> None:
         if self._alone is not None:
             self._run = self._alone.compute
+
+
+def _landings(replicas: Sequence[Replica]) -> dict[str, dict[tuple[int, int], Place]]:
+    """Return on which devices inputs may lie: those of any replica; one that meets another's device reads a copy."""
+    found: dict[str, dict[tuple[int, int], Place]] = {}
+    for replica in replicas:
+        for name, places in replica.landings.items():
+            found.setdefault(name, {}).update(places)
+    return found
 
 
 def _refuse(feeds: Mapping[str, Value]) -> Outputs:

@@ -38,6 +38,7 @@ from accelrt.backend import (
     Caps,
     CompileJob,
     Device,
+    DeviceTensor,
     Engine,
     Executable,
     Precision,
@@ -54,6 +55,7 @@ from accelrt.graph.types import Signature
 from accelrt.graph.weights import WeightFile
 from accelrt.options import from_json
 from accelrt.registry import REGISTRY, devices_of, find_engine, takes_whole
+from accelrt.runtime.dlpack import layout_of
 from accelrt.runtime.session import Session
 from accelrt.sources import SourceOptions, SourceRequest, whole_source
 from accelrt.target import Target, parse
@@ -580,6 +582,113 @@ class BackendContract:
             x[...] = -1
             np.testing.assert_array_equal(y, before)
 
+    def test_tensors_stay_on_the_device_if_it_says_so(
+        self, usable: Engine, devices: Sequence[Device], program: Program
+    ) -> None:
+        self.needs_device_tensors(usable)
+        names = program.signature.output_names
+        with self.resident(usable, program, devices) as executable:
+            inputs = draw(program.signature, 2)
+            expected = executable.run(inputs)
+            copies = {name: value.copy() for name, value in inputs.items()}
+            self.close_to(executable.run_resident(inputs, ()), expected)
+            kept = executable.run_resident(inputs, names)
+            _equal(inputs, copies)
+            assert list(kept) == list(names)
+            for name, tensor in kept.items():
+                assert isinstance(tensor, DeviceTensor)
+                assert not isinstance(tensor, np.ndarray), f"{name} is on the host"
+                layout = layout_of(tensor)
+                assert layout.contiguous
+                assert layout.shape == expected[name].shape
+                assert layout.dtype == expected[name].dtype.name
+            # Kept tensors are memory of their own: the next run leaves them alone.
+            later = executable.run_resident(draw(program.signature, 2, seed=1), names)
+            fetched = {name: executable.to_host(tensor) for name, tensor in kept.items()}
+            self.close_to(fetched, expected)
+            for name in names:
+                fetched[name][...] = 0  # a copy, which the caller may write to
+                np.testing.assert_array_equal(executable.to_host(kept[name]), expected[name], err_msg=name)
+            assert list(later) == list(names)
+
+    def test_tensors_on_the_device_are_taken_as_inputs(
+        self, usable: Engine, devices: Sequence[Device], program: Program, tmp_path: Path
+    ) -> None:
+        self.needs_device_tensors(usable)
+        with self.resident(usable, program, devices) as executable:
+            inputs = draw(program.signature, 2)
+            name, expected = next(iter(executable.run(inputs).items()))
+            kept = executable.run_resident(inputs, [name])[name]
+            with self.resident(usable, self.rectifier(usable, expected.shape, tmp_path), devices) as other:
+                outputs = other.run({"x": expected})
+                for _ in range(2):  # what is given stays as it is, and may be given again
+                    self.close_to(other.run_resident({"x": kept}, ()), outputs)
+                again = other.run_resident({"x": kept}, ["y"])["y"]
+                self.close_to(other.run_resident({"x": again}, ()), outputs)
+                np.testing.assert_array_equal(executable.to_host(kept), expected)
+                self.close_to({"y": other.to_host(again)}, outputs)
+
+    def test_tensors_on_the_device_may_come_and_go_from_several_threads(
+        self, usable: Engine, devices: Sequence[Device], program: Program
+    ) -> None:
+        self.needs_device_tensors(usable)
+        if not usable.caps.concurrent:
+            pytest.skip(f"{usable.name} takes one call at a time")
+        names = program.signature.output_names
+        with self.resident(usable, program, devices) as executable:
+            calls = [draw(program.signature, 2, seed=number) for number in range(32)]
+            expected = [executable.run(inputs) for inputs in calls]
+
+            def fetch(inputs: Mapping[str, Any]) -> dict[str, Any]:
+                kept = executable.run_resident(inputs, names)
+                return {name: executable.to_host(tensor) for name, tensor in kept.items()}
+
+            with ThreadPoolExecutor(4) as pool:
+                for found, outputs in zip(pool.map(fetch, calls), expected, strict=True):
+                    self.close_to(found, outputs)
+
+    def test_predict_leaves_outputs_on_the_device_and_takes_them_from_there(
+        self, backend: Backend, usable: Engine, target: str, devices: Sequence[Device]
+    ) -> None:
+        self.needs_device_tensors(usable)
+        with accelrt.load(self.perceptron(target)) as session:
+            inputs = draw(session.signature, 3)
+            (name,) = session.signature.output_names
+            expected = session.predict(inputs)[name]
+            kept = session.predict(inputs, outputs="device")[name]
+            shape = expected.shape
+        if isinstance(kept, np.ndarray):
+            pytest.skip(f"{usable.name} does not take the last node of the perceptron")
+        assert isinstance(kept, DeviceTensor)
+        where = backend.dlpack_device(devices[0])
+        assert where is None or tuple(map(int, kept.__dlpack_device__())) == where
+        if not usable.supports(rectifier(shape).nodes[0], usable.caps.default_precision).supported:
+            return
+        with accelrt.load(accelrt.compile(rectifier_model(shape), target, fallback="error")) as session:
+            found = session.predict(kept)["y"]
+            self.close_to({"y": found}, {"y": np.maximum(expected, 0)})
+            crossed = session.stats().host_bytes
+            assert crossed == found.nbytes * (1 if where is not None else 2)
+
+    def needs_device_tensors(self, engine: Engine) -> None:
+        """Skip the test of an engine whose tensors do not stay on the device."""
+        if not engine.caps.device_tensors:
+            pytest.skip(f"{engine.name} leaves no tensors on the device")
+
+    def rectifier(self, engine: Engine, shape: Sequence[int], folder: Path) -> Program:
+        """Compile a program of one Relu, from ``x`` to ``y``."""
+        graph = rectifier(shape)
+        precision = engine.caps.default_precision
+        if not engine.supports(graph.nodes[0], precision).supported:
+            pytest.skip(f"{engine.name} takes no Relu")
+        source, out = folder / "rectifier", folder / "rectifier_program"
+        source.mkdir()
+        out.mkdir()
+        graph.write(source / "segment.onnx", weights := WeightFile(source / WEIGHTS_FILE))
+        weights.close()
+        options = engine.options(**self.engine_options)
+        return engine.compile(CompileJob(source / "segment.onnx", graph.signature, precision, options), out)
+
     def test_close_is_final(self, usable: Engine, devices: Sequence[Device], program: Program) -> None:
         executable: Executable = self.resident(usable, program, devices)
         inputs = draw(program.signature, 1)
@@ -613,6 +722,18 @@ class BackendContract:
         absent = max(device.index for device in devices) + 1
         with pytest.raises(AccelrtError, match=f"no device {absent}"):
             accelrt.load(self.perceptron(target), devices=absent, fallback="error")
+
+
+def rectifier_model(shape: Sequence[int]) -> onnx.ModelProto:
+    """Build a model of one Relu, from ``x`` to ``y``."""
+    net = Builder("rectifier")
+    net.output(net.node("Relu", net.input("x", shape), name="y"), shape)
+    return net.model()
+
+
+def rectifier(shape: Sequence[int]) -> Graph:
+    """Return `rectifier_model` as a graph."""
+    return load_graph(rectifier_model(shape))
 
 
 def draw(signature: Signature, batch: int, seed: int = 0) -> dict[str, Array]:

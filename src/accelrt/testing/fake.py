@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import itertools
 import json
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
 from accelrt.backend import (
+    HOST,
     SUPPORTED,
     Backend,
     Caps,
     CompileJob,
     Device,
+    DeviceTensor,
     Engine,
     Executable,
     Precision,
@@ -42,6 +46,7 @@ class FakeConfig:
 
     Attributes:
         operators: What it supports.
+        others: Further engines, by name, with what each one supports; otherwise they behave alike.
         latency_s: Seconds that each run takes on top of computing; or a function of the device's index, asked at each.
         bytes_per_s: Speed of the link over which inputs and outputs travel; None for no delay.
         recalls: Whether it answers the inputs of the call before from memory, as an accelerator would that computes in
@@ -59,10 +64,17 @@ class FakeConfig:
         unusable: Why the engine is not usable; None if it is.
         version: Part of the fingerprint.
         precisions: What it computes in; bf16 and fp16 it would compute in float32 all the same.
+        device_tensors: Whether its executables take and leave tensors on their device; `FakeTensor` is one.
+        copies: Told of each copy between the host and a device: its direction, ``to_device`` or ``to_host``, and its
+            bytes.
+        room: Runs of a program that fit a device's memory at a time; a further one fails with `OutOfDeviceMemory`.
+            None for no limit.
+        gone: Asked before anything is done on a device: whether the devices are lost, with all that is on them.
         distorts: Given the operator types of a segment and its outputs, returns outputs that are wrong.
     """
 
     operators: Operators = None
+    others: Mapping[str, Operators] = field(default_factory=dict)
     latency_s: float | Callable[[int], float] = 0.0
     bytes_per_s: float | None = None
     recalls: bool = False
@@ -79,18 +91,28 @@ class FakeConfig:
     unusable: str | None = None
     version: str = "1"
     precisions: Collection[str] = ("fp32", "int8")
+    device_tensors: bool = False
+    copies: Callable[[str, int], None] | None = None
+    room: int | None = None
+    gone: Callable[[], bool] | None = None
     distorts: Callable[[tuple[str, ...], dict[str, Value]], dict[str, Value]] | None = None
 
 
 class FakeEngine(Engine):
-    """The only engine of a fake backend. It computes with the CPU's engines, and says so: it is a stand-in."""
+    """An engine of a fake backend. It computes with the CPU's engines, and says so: it is a stand-in."""
 
     name: ClassVar[str] = "fake"
     requires: ClassVar[str] = "part of accelrt.testing"
 
-    def __init__(self, config: FakeConfig) -> None:
+    def __init__(self, config: FakeConfig, name: str = "fake") -> None:
         self.config = config
-        self.caps = Caps(concurrent=config.concurrent, parallelism=config.parallelism, nature="stand-in")  # type: ignore[misc]
+        self.name = name  # type: ignore[misc]
+        self.caps = Caps(  # type: ignore[misc]
+            concurrent=config.concurrent,
+            parallelism=config.parallelism,
+            nature="stand-in",
+            device_tensors=config.device_tensors,
+        )
 
     def status(self) -> Status:
         if self.config.unusable is not None:
@@ -103,6 +125,8 @@ class FakeEngine(Engine):
         known = repr(sorted(operators)) if isinstance(operators, Collection) else repr(operators)
         fails = repr(self.config.fails_to_compile)
         facts = {"fake": self.config.version, "operators": known, "fails_to_compile": fails}
+        if self.config.device_tensors:
+            facts["device_tensors"] = "yes"
         # Distortion strikes at run; but a cached verdict on it must not serve one that distorts otherwise.
         return facts if self.config.distorts is None else {**facts, "distorts": repr(self.config.distorts)}
 
@@ -154,6 +178,54 @@ class FakeEngine(Engine):
         return _FakeExecutable(inner, self.config, tuple(facts["operators"]), devices[0].index)
 
 
+FAKE_KIND = 12
+"""``kDLExtDev`` of DLPack: devices beside those that it has a name for. numpy reads none of them."""
+
+
+class FakeTensor:
+    """A tensor in the memory of a fake accelerator, which is numpy's in truth, but not for readers of DLPack.
+
+    Args:
+        array: Its data; the tensor's own.
+        device: The index of its device.
+        pending: Data that it has only once it was waited for, as that of a stream that is still busy.
+    """
+
+    def __init__(
+        self, array: np.ndarray[Any, Any], device: int = 0, pending: np.ndarray[Any, Any] | None = None
+    ) -> None:
+        self.array, self.device = array, device
+        self._pending = pending
+
+    def settle(self) -> None:
+        """Wait for the data."""
+        if self._pending is not None:
+            self.array[...] = self._pending
+            self._pending = None
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        if dl_device == HOST:
+            self.settle()
+            return self.array.copy(order="C").__dlpack__()
+        capsule = self.array.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        # A tensor's address is followed by its device: kind and index.
+        where = (ctypes.c_int32 * 2).from_address(pointer(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p))
+        where[0], where[1] = FAKE_KIND, self.device
+        return capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return FAKE_KIND, self.device
+
+
 class _FakeExecutable(Executable):
     def __init__(self, inner: Executable, config: FakeConfig, operators: tuple[str, ...], device: int) -> None:
         self._inner, self._config, self._operators, self.device = inner, config, operators, device
@@ -161,8 +233,58 @@ class _FakeExecutable(Executable):
         self._lost_after = lost.get(device) if isinstance(lost, Mapping) else lost
         self._calls = itertools.count()
         self._last: tuple[dict[str, Value], dict[str, Value]] | None = None
+        self._room = None if config.room is None else threading.Semaphore(config.room)
 
     def run(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
+        outputs = self._run(inputs)
+        self._copied("to_device", inputs)
+        self._copied("to_host", outputs)
+        return outputs
+
+    def run_resident(self, inputs: Mapping[str, Value | DeviceTensor], keep: Collection[str]) -> dict[str, Any]:
+        there = {name: self._read(value) for name, value in inputs.items()}
+        outputs = self._run(there)
+        self._copied("to_device", {name: value for name, value in inputs.items() if not isinstance(value, FakeTensor)})
+        self._copied("to_host", {name: value for name, value in outputs.items() if name not in keep})
+        # Copies: what the inner engine gives may be memory of its input.
+        return {
+            name: FakeTensor(np.array(value, order="C"), self.device) if name in keep else value
+            for name, value in outputs.items()
+        }
+
+    def to_host(self, tensor: DeviceTensor) -> np.ndarray[Any, Any]:
+        self._alive()
+        array = super().to_host(tensor)
+        self._copied("to_host", {"": array})
+        return array
+
+    def _read(self, value: Value | DeviceTensor) -> Value:
+        if not isinstance(value, FakeTensor):
+            return value
+        if value.device != self.device:
+            raise RuntimeError(f"the tensor is on device {value.device} of the stand-in, the program on {self.device}")
+        return value.array
+
+    def _copied(self, direction: str, values: Mapping[str, Value]) -> None:
+        if self._config.copies is not None:
+            self._config.copies(direction, _bytes(values.values()))
+
+    def _alive(self) -> None:
+        if self._config.gone is not None and self._config.gone():
+            raise DeviceLost("The stand-in's devices are gone, as it was told.", backend="fake")
+
+    def _run(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
+        self._alive()
+        if self._room is None:
+            return self._run_with_room(inputs)
+        if not self._room.acquire(blocking=False):
+            raise OutOfDeviceMemory("The stand-in's memory is taken by other runs.", backend="fake")
+        try:
+            return self._run_with_room(inputs)
+        finally:
+            self._room.release()
+
+    def _run_with_room(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
         number, config = next(self._calls), self._config
         if self._lost_after is not None and number >= self._lost_after:
             raise DeviceLost("The stand-in's device is gone, as it was told.", backend="fake")
@@ -205,13 +327,17 @@ def _bytes(values: Collection[Value]) -> int:
 
 
 class FakeBackend(Backend):
-    """A backend of one fake engine. Derive one with `configured` and hand it to `accelrt.register`."""
+    """A backend of fake engines, one if not told otherwise.
+
+    Derive one with `configured` and hand it to `accelrt.register`.
+    """
 
     name: ClassVar[str] = "fake"
     config: ClassVar[FakeConfig] = FakeConfig()
 
     def __init__(self) -> None:
-        self.engines: tuple[Engine, ...] = (FakeEngine(self.config),)
+        others = (FakeEngine(replace(self.config, operators=what), name) for name, what in self.config.others.items())
+        self.engines: tuple[Engine, ...] = (FakeEngine(self.config), *others)
 
     def devices(self) -> Sequence[Device]:
         config = self.config
@@ -221,6 +347,14 @@ class FakeBackend(Backend):
         return tuple(
             Device(self.name, index, "stand-in", config.memory_bytes, facts) for index in range(config.devices)
         )
+
+    def dlpack_device(self, device: Device) -> tuple[int, int] | None:
+        return (FAKE_KIND, device.index) if self.config.device_tensors else None
+
+    def settle(self, tensors: Sequence[DeviceTensor]) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, FakeTensor):
+                tensor.settle()
 
     def groups(self, environ: Mapping[str, str], devices: Sequence[Device]) -> tuple[Group, ...]:
         if not self.config.neuron_variables:
