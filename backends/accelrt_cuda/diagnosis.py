@@ -78,7 +78,7 @@ def hardware(environ: Mapping[str, str] = os.environ) -> Diagnosis | None:
         case "bindings":
             return Diagnosis(
                 "not installed",
-                "there is an NVIDIA driver, but the package nvidia-ml-py is not installed, so its devices cannot be seen",
+                "there is an NVIDIA driver, but the package nvidia-ml-py, which tells its devices, is not installed",
                 "pip install 'accelrt[cuda]'",
             )
         case "other":
@@ -169,7 +169,7 @@ class OnnxRuntimeBuild:
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        """Shared libraries without which models do not run: those named in the file, and cuDNN, which is opened late."""
+        """Shared libraries without which models do not run: those the file names, and cuDNN, which is opened late."""
         named = () if self.provider is None else needed_by(self.provider)
         return tuple(dict.fromkeys((*named, CUDNN)))
 
@@ -219,8 +219,8 @@ def onnxruntime(module: str = "onnxruntime") -> Diagnosis | None:
         clash = f", though onnxruntime-gpu {beside} is installed beside it" if beside else ""
         return Diagnosis(
             "no CUDA inside",
-            f"the onnxruntime {build.version} that is installed is a build without CUDA{clash}; the two packages hold the "
-            "same module, so the one must go before the other comes",
+            f"the onnxruntime {build.version} that is installed is a build without CUDA{clash}; the two packages "
+            "hold the same module, so the one must go before the other comes",
             f"pip uninstall -y {both} && {ONNXRUNTIME_GPU}",
         )
     return driver_for(build.cuda)

@@ -80,7 +80,7 @@ def _loads(place: str) -> bool:
 
 
 def _in_packages(name: str) -> Iterator[str]:
-    """Yield where NVIDIA's Python packages put a library: ``nvidia/cu13/lib``, ``nvidia/cudnn/lib``, before 13 one each."""
+    """Yield where NVIDIA's Python packages put a library: ``nvidia/cu13/lib``, ``nvidia/cudnn/lib``."""
     for folder in sys.path:
         if folder:
             yield from sorted(glob.glob(f"{glob.escape(folder)}/nvidia/*/lib/{glob.escape(name)}"))  # noqa: PTH207

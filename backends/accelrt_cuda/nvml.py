@@ -67,8 +67,8 @@ class Machine:
         gpus: By its own numbering.
         driver: The driver's version: ``580.95.05``.
         cuda: The newest CUDA that the driver runs, major and minor.
-        lack: What is missing if there is nothing to tell: the Python ``bindings``, a ``driver``, a driver of the version
-            of its own library (``mismatch``), or something ``other``; None if all is well.
+        lack: What is missing if there is nothing to tell: the Python ``bindings``, a ``driver``, a driver of the
+            version of its own library (``mismatch``), or something ``other``; None if all is well.
         problem: The library's own words about that.
         faults: GPUs that do not answer, one sentence each.
     """
@@ -88,6 +88,8 @@ class Machine:
 
 _LOCK = threading.Lock()
 _found: Machine | None = None
+_opened: list[tuple[int, Any]] = []
+"""The process and the bindings by which the library was opened."""
 
 
 def machine() -> Machine:
@@ -107,6 +109,7 @@ def forget() -> None:
     global _found
     with _LOCK:
         _found = None
+        _opened.clear()
 
 
 def seen(environ: Mapping[str, str] = os.environ) -> tuple[Seen, ...]:
@@ -179,9 +182,10 @@ def _nvml() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # an older package of the same name says that it is deprecated
         nvml = importlib.import_module("pynvml")
-    if getattr(nvml, "_accelrt_open", None) != os.getpid():
+    holder = (os.getpid(), nvml)  # after a fork the library must be opened again
+    if _opened != [holder]:
         nvml.nvmlInit()
-        nvml._accelrt_open = os.getpid()  # after a fork the library must be opened again
+        _opened[:] = [holder]
     return nvml
 
 

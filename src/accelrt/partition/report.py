@@ -54,7 +54,8 @@ class SegmentPlace:
     other segments on each run, None where a dimension is open. ``nature`` says whether the engine is real,
     emulated or a stand-in. ``seconds`` is the median of one run as it was measured, transfer included, None if the
     model was not tuned. ``batch`` is the batch size it is specialised to, None for any; ``stage`` the stage of the
-    pipeline it belongs to, None if there is no pipeline.
+    pipeline it belongs to, None if there is no pipeline. ``remark`` is what the engine says of how it runs, if it says
+    anything: nodes that its runtime keeps on the CPU, for instance.
     """
 
     engine: str
@@ -68,6 +69,7 @@ class SegmentPlace:
     seconds: float | None = None
     batch: int | None = None
     stage: int | None = None
+    remark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,8 @@ class Placement:
             for name in ("seconds", "batch", "stage"):
                 if segment[name] is None:
                     del segment[name]
+            if not segment["remark"]:
+                del segment["remark"]
         return data
 
     @classmethod
@@ -279,6 +283,8 @@ class Placement:
             lines.append(f"Time off {self.primary}{asked}: {100 * share:.0f} % ({self._times()}).")
         if self.tuning is not None:
             lines.append(str(self.tuning))
+        said = [(number, segment) for number, segment in enumerate(self.segments) if segment.remark]
+        lines += [f"Segment {number}, {segment.engine}: {segment.remark}." for number, segment in said]
         return "\n".join(lines)
 
     def _times(self) -> str:
@@ -356,6 +362,7 @@ def _segment(data: Mapping[str, Any]) -> SegmentPlace:
         None if data["bytes_out"] is None else _size(data["bytes_out"]),
         _seconds(data["seconds"]) if "seconds" in data else None,
         *(_size(data[key]) if key in data else None for key in ("batch", "stage")),
+        remark=_texts(data, "remark")[0] if "remark" in data else "",
     )
 
 
