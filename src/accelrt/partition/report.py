@@ -361,8 +361,9 @@ def _segment(data: Mapping[str, Any]) -> SegmentPlace:
         None if data["bytes_in"] is None else _size(data["bytes_in"]),
         None if data["bytes_out"] is None else _size(data["bytes_out"]),
         _seconds(data["seconds"]) if "seconds" in data else None,
-        *(_size(data[key]) if key in data else None for key in ("batch", "stage")),
-        remark=_texts(data, "remark")[0] if "remark" in data else "",
+        _size(data["batch"]) if "batch" in data else None,
+        _size(data["stage"]) if "stage" in data else None,
+        _texts(data, "remark")[0] if "remark" in data else "",
     )
 
 
