@@ -24,7 +24,7 @@ class CudaBackend(Backend):
         )  # fmt: skip
 
     def devices(self) -> Sequence[Device]:
-        return nvml.devices()
+        return nvml.devices(backend=self.name)
 
     def occupants(self) -> Mapping[int, Sequence[str]]:
         found: dict[int, tuple[str, ...]] = {}

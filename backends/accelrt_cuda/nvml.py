@@ -125,14 +125,14 @@ def seen(environ: Mapping[str, str] = os.environ) -> tuple[Seen, ...]:
     return visible(environ.get(VARIABLE), identities)
 
 
-def devices(environ: Mapping[str, str] = os.environ) -> tuple[Device, ...]:
+def devices(environ: Mapping[str, str] = os.environ, backend: str = "cuda") -> tuple[Device, ...]:
     """Return one device for each that CUDA shows to this process; ``index`` is CUDA's number in this process."""
     here = machine()
     sure = "yes" if here.order_is_sure(environ) else "no"
-    return tuple(_device(place, one, here, sure) for place, one in enumerate(seen(environ)))
+    return tuple(_device(backend, place, one, here, sure) for place, one in enumerate(seen(environ)))
 
 
-def _device(place: int, one: Seen, here: Machine, sure: str) -> Device:
+def _device(backend: str, place: int, one: Seen, here: Machine, sure: str) -> Device:
     gpu = here.gpus[one.gpu]
     part = None if one.instance is None else gpu.instances[one.instance]
     capability = "" if gpu.compute is None else f", compute capability {gpu.compute[0]}.{gpu.compute[1]}"
@@ -149,7 +149,7 @@ def _device(place: int, one: Seen, here: Machine, sure: str) -> Device:
         properties["cuda_driver"] = f"{here.cuda[0]}.{here.cuda[1]}"
     name = gpu.name if part is None else part.name
     memory = gpu.memory_bytes if part is None else part.memory_bytes
-    return Device("cuda", place, name + capability, memory, properties)
+    return Device(backend, place, name + capability, memory, properties)
 
 
 def compute_capability(device: Device) -> tuple[int, int] | None:

@@ -16,5 +16,8 @@ class StandInEngine(OnnxRuntimeCudaEngine):
 
 
 class StandInCudaBackend(CudaBackend):
+    # The name cuda belongs to the real one, wherever accelrt is installed.
+    name: ClassVar[str] = "cuda-stand-in"
+
     def __init__(self) -> None:
         self.engines: tuple[Engine, ...] = (StandInEngine(),)

@@ -7,6 +7,7 @@ seen to: unknown options of a provider, providers without libraries dropped in s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import warnings
@@ -209,7 +210,9 @@ class InferenceSession:
     def _make(self, model: Any, options: Any, chosen: dict[str, dict[str, str]]) -> None:
         for name, given in chosen.items():
             if unknown := set(given) - OPTIONS.get(name, set(given)):
-                raise RuntimeError(f'provider_options_utils.h:182 Parse Unknown provider option: "{sorted(unknown)[0]}".')
+                raise RuntimeError(
+                    f'provider_options_utils.h:182 Parse Unknown provider option: "{sorted(unknown)[0]}".'
+                )
         self.graph = chosen.get(CUDA, {}).get("enable_cuda_graph") == "1"
         self.captured: dict[str, int | None] | None = None
         self.device_id = int(chosen.get(CUDA, {}).get("device_id", 0))
@@ -260,7 +263,9 @@ class InferenceSession:
             raise Fail(f"[ONNXRuntimeError] : 1 : FAIL : {fault}")
         if self.graph:
             if None in iobinding.addresses.values():
-                raise Fail("[ONNXRuntimeError] : 1 : FAIL : a CUDA graph was asked for, and a value is not on the device")
+                raise Fail(
+                    "[ONNXRuntimeError] : 1 : FAIL : a CUDA graph was asked for, and a value is not on the device"
+                )
             if self.captured not in (None, iobinding.addresses):
                 raise AssertionError("the graph that was captured reads and writes other addresses")
             self.captured = dict(iobinding.addresses)
@@ -307,10 +312,8 @@ def _place(proto: onnx.ModelProto, listed: list[Any]) -> list[tuple[str, Any]]:
 
 
 def _types(proto: onnx.ModelProto) -> dict[str, str]:
-    try:
+    with contextlib.suppress(onnx.shape_inference.InferenceError):
         proto = onnx.shape_inference.infer_shapes(proto)
-    except onnx.shape_inference.InferenceError:
-        pass
     names = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
     found = {tensor.name: names[tensor.data_type] for tensor in proto.graph.initializer}
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
@@ -347,14 +350,12 @@ def _preferred_on_cpu(proto: onnx.ModelProto, taken: set[str]) -> set[str]:
     kept: set[str] = set()
     for node in proto.graph.node:
         reads = [name for name in node.input if name]
-        if node.op_type in ("Shape", "Size"):
+        only_cpu = any(name in on_cpu for name in reads) and all(name in on_cpu or name in free for name in reads)
+        if node.op_type in ("Shape", "Size") or node.name not in taken:
             on_cpu.update(node.output)
-        elif node.name not in taken:
+        elif only_cpu and not any(name in on_cpu for name in _taken_on_cpu(node)):
+            kept.add(node.name)
             on_cpu.update(node.output)
-        elif any(name in on_cpu for name in reads) and all(name in on_cpu or name in free for name in reads):
-            if not any(name in on_cpu for name in _taken_on_cpu(node)):
-                kept.add(node.name)
-                on_cpu.update(node.output)
     return kept
 
 
