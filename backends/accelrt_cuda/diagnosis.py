@@ -226,6 +226,15 @@ def onnxruntime(module: str = "onnxruntime") -> Diagnosis | None:
     return driver_for(build.cuda)
 
 
+def onnxruntime_lists_kernels(module: str = "onnxruntime") -> bool:
+    """Whether onnxruntime can be asked for its kernels; without TensorRT's libraries it ends the process instead."""
+    folder = _folder_of(module)
+    if folder is None:
+        return False
+    beside = needed_by(folder / "capi" / "libonnxruntime_providers_tensorrt.so")
+    return libraries(beside, "onnxruntime's TensorRT provider", "") is None
+
+
 # TensorRT
 
 

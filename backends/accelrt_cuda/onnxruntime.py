@@ -8,6 +8,7 @@ it is loaded (docs/decisions/0020). What tries runs in a child process.
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -133,11 +134,10 @@ class OnnxRuntimeCudaEngine(Engine):
         from accelrt.graph.kernel_table import Kernel, KernelTable
 
         if self._table is None:
-            try:
-                with isolation.Child() as child:
+            rows = []
+            if diagnosis.onnxruntime_lists_kernels(self.module):
+                with contextlib.suppress(AccelrtError, OSError), isolation.Child() as child:
                     rows = child.call(f"{_CHILD}:kernels", timeout_s=_PROBE_S, module=self.module)
-            except (AccelrtError, OSError):
-                rows = []
             entries = [
                 Kernel(domain, name, (versions[0], versions[1]), types) for domain, name, versions, types in rows
             ]
