@@ -226,13 +226,20 @@ def onnxruntime(module: str = "onnxruntime") -> Diagnosis | None:
     return driver_for(build.cuda)
 
 
-def onnxruntime_lists_kernels(module: str = "onnxruntime") -> bool:
-    """Whether onnxruntime can be asked for its kernels; without TensorRT's libraries it ends the process instead."""
+def onnxruntime_tensorrt(module: str = "onnxruntime") -> Diagnosis | None:
+    """Return why onnxruntime's TensorRT provider cannot be used, None if it can be, or there is none.
+
+    To be asked before a session of it is made, and before onnxruntime is asked for all its kernels: without TensorRT's
+    libraries, both end the process (onnxruntime-gpu 1.31.1).
+    """
     folder = _folder_of(module)
-    if folder is None:
-        return False
-    beside = needed_by(folder / "capi" / "libonnxruntime_providers_tensorrt.so")
-    return libraries(beside, "onnxruntime's TensorRT provider", "") is None
+    names = () if folder is None else needed_by(folder / "capi" / "libonnxruntime_providers_tensorrt.so")
+    # Each release is built for one major version of TensorRT, which is in the names.
+    major = next((name.rpartition(".")[2] for name in names if name.startswith("libnvinfer.so.")), "")
+    wanted = f"tensorrt=={major}.*" if major else "tensorrt"
+    return libraries(
+        names, "onnxruntime's TensorRT provider", f"pip install '{wanted}' --extra-index-url https://pypi.nvidia.com"
+    )
 
 
 # TensorRT

@@ -135,7 +135,7 @@ class OnnxRuntimeCudaEngine(Engine):
 
         if self._table is None:
             rows = []
-            if diagnosis.onnxruntime_lists_kernels(self.module):
+            if diagnosis.onnxruntime_tensorrt(self.module) is None:
                 with contextlib.suppress(AccelrtError, OSError), isolation.Child() as child:
                     rows = child.call(f"{_CHILD}:kernels", timeout_s=_PROBE_S, module=self.module)
             entries = [
@@ -174,6 +174,8 @@ class OnnxRuntimeCudaEngine(Engine):
                     hint="Give every size, with batch= for instance, or leave the option out.",
                     backend=self.name,
                 )
+        if (absent := self._lacks_tensorrt(job.options)) is not None:
+            raise CompileError(f"{absent.reason}.", hint=f"Try: {absent.remedy}", backend=self.name)
         cast = _CASTS.get(job.precision)
         notes = [self._write(job, out)] if cast is None else [self._write_cast(job, out, cast)]
         try:
@@ -239,6 +241,8 @@ class OnnxRuntimeCudaEngine(Engine):
 
         (device,) = devices
         path, options = program.files[_MODEL], program.options
+        if (lack := self._lacks_tensorrt(options)) is not None:
+            raise IncompatibleProgram(f"{lack.reason}.", hint=f"Try: {lack.remedy}", backend=self.name)
         try:
             ort = runtime(self.module)
             made = session(ort, str(path), options, device.index)
@@ -263,6 +267,11 @@ class OnnxRuntimeCudaEngine(Engine):
                 backend=self.name,
             )
         return (Captured if options.enable_cuda_graph else Resident)(ort, made, program.signature, device)
+
+    def _lacks_tensorrt(self, options: CudaOnnxRuntimeOptions) -> diagnosis.Diagnosis | None:
+        if options.execution_provider != "tensorrt":
+            return None
+        return diagnosis.onnxruntime_tensorrt(self.module)
 
     # The child process
 

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,23 @@ def test_a_provider_that_is_dropped_in_silence_is_an_error(
     monkeypatch.setenv("STAND_IN_DROPS_CUDA", "1")
     with pytest.raises(IncompatibleProgram, match="onnxruntime dropped CUDAExecutionProvider in this process"):
         engine.load(program, devices())
+
+
+def test_tensorrts_libraries_are_looked_for_before_onnxruntime_dies_of_them(engine: Any, tmp_path: Path) -> None:
+    (one := tmp_path / "one").mkdir()
+    (two := tmp_path / "two").mkdir()
+    program = compiled(engine, mlp(), one)
+    capi = Path(importlib.import_module("onnxruntime_cuda_stand_in").__file__ or "").parent / "capi"
+    provider = capi / "libonnxruntime_providers_tensorrt.so"
+    provider.write_bytes(site.shared_library(["libnvinfer.so.10", "libc.so.6"]))
+    try:
+        with pytest.raises(CompileError, match=r"TensorRT provider needs libnvinfer.so.10, which.*'tensorrt==10\.\*'"):
+            compiled(engine, mlp(), two, execution_provider="tensorrt", use_tf32=True)
+        wanted = replace(program, options=CudaOnnxRuntimeOptions(execution_provider="tensorrt", use_tf32=True))
+        with pytest.raises(IncompatibleProgram, match=r"needs libnvinfer\.so\.10"):
+            engine.load(wanted, devices())
+    finally:
+        provider.unlink()
 
 
 def test_tensorrt_under_onnxruntime_says_who_computes_what(
