@@ -137,7 +137,7 @@ class Program:
     ``files`` maps the names the engine gave to where the files are now: an artifact keeps them under names of its own,
     all in one folder, with the weights of every ONNX file among them in a shared ``weights.bin`` beside it.
     ``fingerprint`` is compared with `Engine.fingerprint` before a program is loaded. ``precision`` is that of the job.
-    ``remark`` says how a whole source runs, for `explain`: compiled or not, and why.
+    ``remark`` says how it runs, for `explain`: a whole source compiled or not and why, nodes that stay on the CPU.
     """
 
     files: Mapping[str, Path]

@@ -233,16 +233,19 @@ def _compile_into(
                 cut = refined.partition
             programs = [workshop.program(piece) for piece in cut.pieces]
             placements.append(
-                place(
-                    request.target,
-                    variant,
-                    request.candidates,
-                    request.precisions,
-                    cut,
-                    request.precision,
-                    None if refined is None else refined.seconds,
-                    None if refined is None else refined.tuning,
-                    batch,
+                _with_remarks(
+                    place(
+                        request.target,
+                        variant,
+                        request.candidates,
+                        request.precisions,
+                        cut,
+                        request.precision,
+                        None if refined is None else refined.seconds,
+                        None if refined is None else refined.tuning,
+                        batch,
+                    ),
+                    programs,
                 )
             )
             stages = cut.stages or (None,) * len(cut.pieces)
@@ -273,6 +276,12 @@ def _compile_into(
         (folder / VERIFICATION).write_bytes(json.dumps(found, separators=(",", ":")).encode())
         manifest = replace(manifest, files={**manifest.files, VERIFICATION: describe_file(folder / VERIFICATION)})
     return manifest, finish(folder, manifest)
+
+
+def _with_remarks(placement: Placement, programs: Sequence[Program]) -> Placement:
+    """Return a placement with what the engines said of their programs."""
+    said = zip(placement.segments, programs, strict=True)
+    return replace(placement, segments=tuple(replace(segment, remark=one.remark) for segment, one in said))
 
 
 def _stage_record(plan: StagePlan) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class SegmentPlace:
     model was not tuned. ``from_host`` and ``to_host`` count what of that is copied between the host and the device,
     with the model's inputs and outputs, when these are arrays on the host: 0 on the CPU, None where a dimension is
     open. ``batch`` is the batch size it is specialised to, None for any; ``stage`` the stage of the
-    pipeline it belongs to, None if there is no pipeline.
+    pipeline it belongs to, None if there is no pipeline. ``remark`` is what the engine says of how it runs, if it says
+    anything: nodes that its runtime keeps on the CPU, for instance.
     """
 
     engine: str
@@ -73,6 +74,7 @@ class SegmentPlace:
     stage: int | None = None
     from_host: int | None = None
     to_host: int | None = None
+    remark: str = ""
 
     @property
     def resident(self) -> bool:
@@ -210,6 +212,8 @@ class Placement:
             for name in ("seconds", "batch", "stage", "from_host", "to_host"):
                 if segment[name] is None:
                     del segment[name]
+            if not segment["remark"]:
+                del segment["remark"]
         return data
 
     @classmethod
@@ -298,6 +302,8 @@ class Placement:
             lines.append(f"Time off {self.primary}{asked}: {100 * share:.0f} % ({self._times()}).")
         if self.tuning is not None:
             lines.append(str(self.tuning))
+        said = [(number, segment) for number, segment in enumerate(self.segments) if segment.remark]
+        lines += [f"Segment {number}, {segment.engine}: {segment.remark}." for number, segment in said]
         return "\n".join(lines)
 
     def _times(self) -> str:
@@ -375,6 +381,7 @@ def _segment(data: Mapping[str, Any]) -> SegmentPlace:
         None if data["bytes_out"] is None else _size(data["bytes_out"]),
         _seconds(data["seconds"]) if "seconds" in data else None,
         *(_size(data[key]) if key in data else None for key in ("batch", "stage", "from_host", "to_host")),
+        _texts(data, "remark")[0] if "remark" in data else "",
     )
 
 

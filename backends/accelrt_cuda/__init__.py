@@ -1,0 +1,38 @@
+"""NVIDIA GPUs through CUDA: TensorRT, onnxruntime and PyTorch, in this order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from accelrt.backend import Backend, Device, Engine
+from accelrt_cuda import nvml
+from accelrt_cuda.onnxruntime import OnnxRuntimeCudaEngine
+from accelrt_cuda.report import facts_of
+
+
+class CudaBackend(Backend):
+    """The GPUs that CUDA shows to this process, numbered as CUDA numbers them."""
+
+    name: ClassVar[str] = "cuda"
+
+    def __init__(self) -> None:
+        # In order of preference.
+        self.engines: tuple[Engine, ...] = (
+            OnnxRuntimeCudaEngine(),
+        )  # fmt: skip
+
+    def devices(self) -> Sequence[Device]:
+        return nvml.devices(backend=self.name)
+
+    def occupants(self) -> Mapping[int, Sequence[str]]:
+        found: dict[int, tuple[str, ...]] = {}
+        for device in self.devices():
+            others = [pid for pid in nvml.processes(int(device.properties["gpu"])) if pid != os.getpid()]
+            if others:
+                found[device.index] = tuple(f"process {pid}" for pid in others)
+        return found
+
+    def report(self) -> Mapping[str, Any]:
+        return facts_of()
