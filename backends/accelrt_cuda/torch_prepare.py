@@ -37,14 +37,14 @@ class Prepared:
     rewrites: dict[str, int]
 
 
-def prepare(source: Path | Graph, precision: Precision, device: Any, *, channels_last: bool | None) -> Prepared:
+def prepare(source: Path | Graph, precision: Precision, device: Any, *, channels_last: bool) -> Prepared:
     """Lower a segment for ``device``.
 
     Args:
         source: The segment, or the file that holds it.
         precision: fp32, bf16 or fp16.
         device: Of torch's.
-        channels_last: How weights of convolutions are laid out; None for what suits the precision.
+        channels_last: Whether weights of two-dimensional convolutions are laid out so.
 
     Raises:
         CompileError: A node is not lowered to torch, or the precision cannot be said in its opset.
@@ -61,14 +61,9 @@ def prepare(source: Path | Graph, precision: Precision, device: Any, *, channels
         graph = in_halves(graph, half)
     # Weights are rounded and turned on the CPU, where their files are mapped, and only then moved.
     lowered = lower(graph)
-    counts = rewrite(lowered.module, channels_last=lays_channels_last(precision, channels_last))
+    counts = rewrite(lowered.module, channels_last=channels_last)
     module = to_device(lowered.module, device)
     return Prepared(module, signature, lowered.depends, bounds, counts)
-
-
-def lays_channels_last(precision: Precision, asked: bool | None, *, allow_tf32: bool = False) -> bool:
-    """Tell whether convolutions get channels last: tensor cores want it, units of float32 do not."""
-    return precision in HALVES or allow_tf32 if asked is None else asked
 
 
 def to_device(module: Any, device: Any) -> Any:
