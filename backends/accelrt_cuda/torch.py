@@ -56,9 +56,7 @@ logger = logging.getLogger("accelrt")
 _CHILD = "accelrt_cuda.torch_child"
 _PROBE_S, _COMPILE_S = 300.0, 3600.0
 _EXPORT, _SCRIPT = "torch.export", "torchscript"
-_TYPES = frozenset(
-    {"bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"}
-)
+_TYPES = frozenset({"bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"})
 """What torch's kernels for CUDA compute with throughout."""
 _PRECISIONS = ("fp32", "bf16", "fp16")
 _NO_INT8 = (

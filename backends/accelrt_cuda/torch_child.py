@@ -134,7 +134,7 @@ def _exported(
         examples.append(sizes.example(port.type, device=_first(device)))
         shape = port.type.shape if isinstance(port.type, TensorType) else None
         axes = [axis for axis, size in enumerate(shape or ()) if not isinstance(size, int)]
-        open_axes.append({axis: torch.export.Dim.AUTO for axis in axes})
+        open_axes.append(dict.fromkeys(axes, torch.export.Dim.AUTO))
     exported = torch.export.export(prepared.module, tuple(examples), dynamic_shapes=tuple(open_axes), strict=False)
     return exported, prepared.bounds, ()
 

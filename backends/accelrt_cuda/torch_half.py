@@ -23,10 +23,10 @@ Half: TypeAlias = Literal["bfloat16", "float16"]
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Attention"})
 FOLLOWERS = frozenset(
     "Add Sub Mul Div Neg Abs Relu LeakyRelu PRelu Elu Selu Celu Clip HardSigmoid HardSwish Mish Swish Gelu Erf Tanh "  # noqa: SIM905
-    "Sigmoid Softplus Softsign ThresholdedRelu Shrink Sum Mean Max Min Where Identity Reshape Flatten Transpose Squeeze "
-    "Unsqueeze Expand Tile Concat Split Slice Pad DepthToSpace SpaceToDepth Gather GatherElements GatherND Resize "
-    "BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization Softmax Dropout "
-    "MaxPool AveragePool GlobalAveragePool GlobalMaxPool".split()
+    "Sigmoid Softplus Softsign ThresholdedRelu Shrink Sum Mean Max Min Where Identity Reshape Flatten Transpose "
+    "Squeeze Unsqueeze Expand Tile Concat Split Slice Pad DepthToSpace SpaceToDepth Gather GatherElements GatherND "
+    "Resize BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization Softmax "
+    "Dropout MaxPool AveragePool GlobalAveragePool GlobalMaxPool".split()
 )
 """Operators that compute in halves where one of their inputs is in halves already."""
 _ONE_OUTPUT = frozenset({"LayerNormalization", "BatchNormalization", "Dropout"})

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from accelrt.errors import InputError
 from accelrt_cuda.torch_math import float32_math
 from accelrt_cuda.torch_place import Place, Recording
 from accelrt_cuda.torch_transfer import Download, Lent, Upload
@@ -25,6 +26,8 @@ logger = logging.getLogger("accelrt")
 
 IDLE_CALLS = 64
 """A recording that was not used for so many calls of its lane makes room for another."""
+ALIGNMENT = 16
+"""Bytes; compiled code loads several values at once, from addresses that it takes for multiples of this."""
 _REMEMBERED = 1024
 """Shapes whose calls are counted before they are recorded."""
 
@@ -109,14 +112,24 @@ class Lane:
             self._place.wait(self._stream)
             return [way.end(pinned) for way, pinned in zip(ways, begun, strict=True)]
 
-    def run_resident(self, values: Sequence[Any], kept: Collection[int]) -> list[Any]:
-        """Compute one call; ``values`` are arrays or tensors of torch's on the device, ``kept`` the outputs to leave there."""
+    def run_resident(
+        self, values: Sequence[Any], kept: Collection[int], check: Callable[[Sequence[Any]], None]
+    ) -> list[Any]:
+        """Compute one call.
+
+        Args:
+            values: Arrays, or tensors on the device, of any library.
+            kept: The outputs to leave on the device.
+            check: Called with arrays and tensors of torch's before any is used.
+        """
         with self._place.on(self._stream), torch.no_grad():
+            pairs = zip(values, self._work.inputs, strict=True)
+            values = [value if isinstance(value, np.ndarray) else self._adopted(value, dtype) for value, dtype in pairs]
+            check(values)
             recorded = self._find(tuple(tuple(value.shape) for value in values))
             if recorded is None:
                 tensors = [
-                    value if isinstance(value, torch.Tensor) else self._sent(i, value)
-                    for i, value in enumerate(values)
+                    value if isinstance(value, torch.Tensor) else self._sent(i, value) for i, value in enumerate(values)
                 ]
                 given = [tensor.clone() if self._work.writes else tensor for tensor in tensors]
                 lent = self._work.held.union(tensor.untyped_storage().data_ptr() for tensor in given)
@@ -156,6 +169,14 @@ class Lane:
             recorded.recording.forget()
         self._recorded.clear()
 
+    def _adopted(self, value: Any, dtype: Any) -> Any:
+        """Return a tensor of torch's in the same memory, if it is on this device and laid out as code expects."""
+        tensor = value if isinstance(value, torch.Tensor) else torch.from_dlpack(value)
+        if tensor.dtype != dtype:
+            raise InputError(f"A tensor of {tensor.dtype} was handed over on the device, and {dtype} is needed.")
+        tensor = tensor.detach().to(self._place.device).contiguous()
+        return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
     def _zeros(self, shapes: Key) -> list[Any]:
         pairs = zip(shapes, self._work.inputs, strict=True)
         return [torch.zeros(shape, dtype=dtype, device=self._place.device) for shape, dtype in pairs]
@@ -186,9 +207,7 @@ class Lane:
         if self._seen[key] < 2:
             return False
         oldest = next(iter(self._recorded.values()), None)
-        return len(self._recorded) < self._limit or (
-            oldest is not None and self._calls - oldest.used >= IDLE_CALLS
-        )
+        return len(self._recorded) < self._limit or (oldest is not None and self._calls - oldest.used >= IDLE_CALLS)
 
     def _record(self, key: Key) -> _Recorded | None:
         """Warm up and record; None, and no more attempts, if the work turns out not to be recordable."""

@@ -192,7 +192,7 @@ Place = CudaPlace | HostPlace
 
 
 def place_of(device: Device) -> CudaPlace:
-    """Return the GPU that a device of accelrt's is, by its UUID where that is known: CUDA may count otherwise than NVML.
+    """Return the GPU that a device of accelrt's is, by its UUID if that is known: CUDA may count otherwise than NVML.
 
     Raises:
         DeviceLost: This process does not see it.

@@ -127,7 +127,7 @@ def _is_attention(query: Any, key: Any, value: Any, mask: Any, axis: int) -> boo
     if mask.dim() > _RANK or not mask.is_floating_point():
         return False
     pairs = zip(mask.shape, whole[_RANK - mask.dim() :], strict=True)
-    return all(isinstance(own, int) and own == 1 or own == full for own, full in pairs)
+    return all((isinstance(own, int) and own == 1) or own == full for own, full in pairs)
 
 
 def fuse_attention(module: Any) -> int:
@@ -150,7 +150,7 @@ def fuse_attention(module: Any) -> int:
 
 
 def _scores(module: Any, weights: Any) -> tuple[Any, Any, Any, float, int] | None:
-    """Take apart what the first factor is made of: query, key, mask, scale, axis; None if it is no softmax of scores."""
+    """Take apart the first factor: query, key, mask, scale, axis; None if it is no softmax of scores."""
     if not _calls(weights, reduce.softmax) or len(weights.users) != 1 or len(weights.args) != 1:
         return None
     axis = weights.kwargs.get("axis")
@@ -248,7 +248,7 @@ def _is_layer(module: Any, product: Any, bias: Any) -> bool:
     w, b = _buffer(module, weight), _buffer(module, bias)
     if not isinstance(w, torch.Tensor) or not isinstance(b, torch.Tensor) or not w.is_floating_point():
         return False
-    return w.dim() == 2 and b.dim() == 1 and b.shape[0] == w.shape[1] and b.dtype == w.dtype
+    return bool(w.dim() == 2 and b.dim() == 1 and b.shape[0] == w.shape[1] and b.dtype == w.dtype)
 
 
 def join_linears(module: Any) -> int:
@@ -337,7 +337,7 @@ def filled(x: Any, *, dtype: Any, device: Any) -> Any:
 
 
 def weights_to_channels_last(module: Any) -> int:
-    """Lay out the weights of two-dimensional convolutions with channels last; torch's kernels then do so by themselves."""
+    """Lay out weights of two-dimensional convolutions with channels last; torch's kernels then follow by themselves."""
     done = 0
     for node in module.graph.nodes:
         if not _calls(node, conv.convolution) or not _is_buffer(node.args[1]):

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from accelrt.backend import DeviceTensor, Executable, Precision
@@ -89,19 +88,25 @@ class TorchExecutable(Executable):
 
     def run_resident(self, inputs: Mapping[str, Value | DeviceTensor], keep: Collection[str]) -> dict[str, Any]:
         lanes = self._open()
-        on_host = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
-        self._check(on_host)
         kept = {index for index, name in enumerate(self._outputs) if name in keep}
         try:
             with lanes.one() as lane:
-                values = [
-                    on_host[name] if name in on_host else self._tensor(name, inputs[name], dtype)
-                    for name, dtype in zip(self._names, self._work.inputs, strict=True)
-                ]
-                results = lane.run_resident(values, kept)
+                results = lane.run_resident([inputs[name] for name in self._names], kept, self._check_resident)
         except RuntimeError as error:
             raise self._place.translated(error, self._work.bytes) from error
         return dict(zip(self._outputs, results, strict=True))
+
+    def _check_resident(self, values: Sequence[Any]) -> None:
+        """Hold values against the signature, as the session does with inputs of its own, and check as `run` does."""
+        for port, value in zip(self._signature.inputs, values, strict=True):
+            declared = port.type.shape if isinstance(port.type, TensorType) else None
+            shape = tuple(value.shape)
+            if declared is not None and (
+                len(declared) != len(shape)
+                or any(isinstance(d, int) and d != s for d, s in zip(declared, shape, strict=True))
+            ):
+                raise InputError(f"The input {port.name!r} has the shape {shape}, and the program takes {port.type}.")
+        self._check(dict(zip(self._names, values, strict=True)))
 
     def close(self) -> None:
         lanes, self._lanes = self._lanes, None
@@ -178,7 +183,7 @@ def open_segment(
             backend="torch",
         )
     finish = _Finish(signature, place.device)
-    held = [value for value in module.buffers()]
+    held = list(module.buffers())
     work = Work(
         lambda tensors: finish(call(*tensors)),
         _input_types(signature),
@@ -243,7 +248,9 @@ def open_program(
     in_spec = program.call_spec.in_spec
     module = move_to_device_pass(program, str(place.device)).module()
     held = [*program.state_dict.values(), *program.constants.values()]
-    run = torch.compile(module, options=inductor_settings(options, channels_last=False)) if mode == "compile" else module
+    run = (
+        torch.compile(module, options=inductor_settings(options, channels_last=False)) if mode == "compile" else module
+    )
     finish = _Finish(signature, place.device)
 
     def call(tensors: list[Any]) -> list[Any]:
@@ -302,7 +309,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     """
     try:
         facts: dict[str, Any] = json.loads(path.read_bytes())
-        if not PACKAGE_FACTS <= facts.keys():
+        if not facts.keys() >= PACKAGE_FACTS:
             raise KeyError(*sorted(PACKAGE_FACTS - facts.keys()))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise IncompatibleProgram(f"{path.name} cannot be read: {error!r}", backend="torch") from error
@@ -401,8 +408,8 @@ class Bounds:
 
     def __call__(self, inputs: Mapping[str, Value]) -> None:
         for name, size in self._sizes.items():
-            array = inputs.get(name)
-            if array is None or not array.size:
+            array = inputs[name]
+            if 0 in array.shape:
                 continue
             low, high = int(array.min()), int(array.max())
             if low < -size or high >= size:
@@ -427,8 +434,6 @@ class Sizes:
     def __call__(self, inputs: Mapping[str, Value]) -> None:
         seen: dict[str, tuple[int, str, int]] = {}
         for name, axis, dim in self._axes:
-            if name not in inputs:
-                continue
             size = inputs[name].shape[axis]
             other, where, place = seen.setdefault(dim, (size, name, axis))
             if other != size:
@@ -440,5 +445,3 @@ class Sizes:
             if size < low or (high is not None and size > high):
                 upper = "any size" if high is None else high
                 raise InputError(f"Dimension {axis} of {name!r} is {size}; the model takes {low} to {upper}.")
-
-

@@ -1,7 +1,7 @@
 """Folds batch normalisations into the convolutions before them, so that no engine has to.
 
-``y = (conv(x, W) + b - mean) * scale / sqrt(variance + epsilon) + shift`` is a convolution of scaled weights with another
-bias. Both are computed in float64 and rounded once.
+``y = (conv(x, W) + b - mean) * scale / sqrt(variance + epsilon) + shift`` is a convolution of scaled weights with
+another bias. Both are computed in float64 and rounded once.
 """
 
 from __future__ import annotations
