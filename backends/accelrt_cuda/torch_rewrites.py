@@ -106,7 +106,8 @@ def attend(query: Any, key: Any, value: Any, mask: Any, scale: float, axis: int)
         axis: Of the softmax.
     """
     if _is_attention(query, key, value, mask, axis):
-        mask = None if mask is None else mask.to(query.dtype)
+        if mask is not None:
+            mask = mask.to(query.dtype)[(None,) * (_RANK - mask.dim())]
         return F.scaled_dot_product_attention(query, key.transpose(-2, -1), value, attn_mask=mask, scale=scale)
     scores = torch.matmul(query, key)
     scores = scores if scale == 1.0 else scores * scale

@@ -29,11 +29,6 @@ def carried(tensor: Any) -> Any:
     return tensor if carrier is None else tensor.view(carrier)
 
 
-def as_carried(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return an array as one of a type that torch exchanges with numpy."""
-    return array.view(np.int16) if array.dtype.name == "bfloat16" else array
-
-
 class Upload:
     """One input's way to the device: pinned memory and a tensor there, both of one shape."""
 
@@ -41,11 +36,12 @@ class Upload:
         self.tensor = torch.empty(shape, dtype=dtype, device=place.device)
         self._pinned = place.pinned(shape, dtype)
         self._view = carried(self._pinned).numpy()
+        self._carried = dtype in CARRIERS
         self._large = self._view.nbytes > CHUNK_BYTES
 
     def send(self, array: np.ndarray[Any, Any]) -> None:
         """Begin to copy an array; it may be changed when this returns, though the device may not have it yet."""
-        source = as_carried(array)
+        source = array.view(self._view.dtype) if self._carried else array
         if self._large:
             self._in_pieces(source)
             return
