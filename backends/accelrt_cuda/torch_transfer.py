@@ -70,13 +70,14 @@ class Lent:
         self._lock = threading.Lock()
         self._bytes = 0
 
-    def take(self, tensor: Any, size: int) -> bool:
-        """Count a tensor until it is freed; False if that would be too much."""
+    def take(self, array: np.ndarray[Any, Any]) -> bool:
+        """Count an array until it and all views of it are gone; False if that would be too much."""
+        size = array.nbytes
         with self._lock:
             if self._bytes + size > LENT_BYTES:
                 return False
             self._bytes += size
-        weakref.finalize(tensor, self._give_back, size).atexit = False
+        weakref.finalize(array, self._give_back, size).atexit = False
         return True
 
     def _give_back(self, size: int) -> None:
@@ -99,7 +100,11 @@ class Download:
         self._numpy = numpy_dtype(onnx_dtype) if dtype in CARRIERS else None
         self._size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         self._kept = place.pinned(shape, dtype) if self._size <= SMALL_BYTES else None
-        self._view = None if self._kept is None else self._as_array(self._kept)
+        self._view: np.ndarray[Any, Any] | None = None
+        if self._kept is not None:
+            self._view = carried(self._kept).numpy()
+            if self._numpy is not None:
+                self._view = self._view.view(self._numpy)
 
     def begin(self, tensor: Any) -> Any:
         """Begin to copy a tensor; return what `end` takes when the device is done."""
@@ -113,9 +118,7 @@ class Download:
         """Return the array, which is the caller's."""
         if self._view is not None:
             return self._view.copy()
-        array = self._as_array(pinned)
-        return array if self._lent.take(pinned, self._size) else array.copy()
-
-    def _as_array(self, tensor: Any) -> np.ndarray[Any, Any]:
-        array: np.ndarray[Any, Any] = carried(tensor).numpy()
+        array: np.ndarray[Any, Any] = carried(pinned).numpy()
+        if not self._lent.take(array):
+            array = array.copy()
         return array if self._numpy is None else array.view(self._numpy)

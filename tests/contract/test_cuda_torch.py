@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from accelrt.testing.contract import BackendContract, WholeCase
+from accelrt.testing.contract import BackendContract
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stand_ins" / "cuda"))
 _stand_in = importlib.import_module("torch_on_cpu")
@@ -21,13 +20,6 @@ pytestmark = [
     pytest.mark.torch,
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
-
-
-def _mlp() -> WholeCase:
-    torch = pytest.importorskip("torch")
-    torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-    return WholeCase(layers, (torch.randn(2, 8),), {"dynamic_shapes": ({0: "batch"},)})
 
 
 class _Trusted(BackendContract):
@@ -60,5 +52,3 @@ class TestRecordedWithStaticShapes(_Trusted):
 
 class TestOperatorByOperator(_Trusted):
     backend_class = _stand_in.EagerBackend
-
-
