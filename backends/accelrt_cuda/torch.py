@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -146,12 +147,17 @@ class TorchCudaEngine(Engine):
             elif mode == "aot":
                 raise CompileError(
                     f"cuda/torch cannot compile ahead of time: {reason}.",
-                    hint="mode='auto' runs torch's own kernels where it cannot.",
+                    hint="mode='auto' takes other ways where it cannot.",
                     backend=self.name,
                 )
             else:
-                remark = f"torch's own kernels, launches recorded as CUDA graphs; not compiled: {reason}"
-                logger.warning("cuda/torch does not compile a %s: %s", "model" if whole else "segment", reason)
+                run = "compile" if job.format != _SCRIPT and _is_static(job.signature) else "graph"
+                (out / FACTS).write_text(json.dumps({"run": run}))
+                files[FACTS] = out / FACTS
+                remark = f"{_REMARKS[run]}; not compiled ahead of time: {reason}"
+                logger.warning("cuda/torch does not compile ahead of time: %s", reason)
+        elif mode == "compile" and job.format == _SCRIPT:
+            raise CompileError("inductor takes no TorchScript.", hint="mode='graph', or 'auto'.", backend=self.name)
         if not whole and PACKAGE not in files:
             files[SEGMENT] = self._segment(job, out)
         return Program(files, self.fingerprint(), job.signature, job.options, job.precision, remark)
@@ -207,17 +213,17 @@ class TorchCudaEngine(Engine):
         return out / SEGMENT
 
     def load(self, program: Program, devices: Sequence[Device]) -> Executable:
-        import os
-
         from accelrt_cuda import torch_runtime
         from accelrt_cuda.torch_place import HostPlace, Place, place_of
 
         place: Place = HostPlace() if self.device_type == "cpu" else place_of(devices[0])
         options, signature, precision = program.options, program.signature, program.precision
         mode = "graph" if options.mode in ("auto", "aot") else options.mode
-        if mode == "compile":
-            os.environ |= inductor_cache()
         try:
+            if options.mode == "auto" and FACTS in program.files and PACKAGE not in program.files:
+                mode = torch_runtime.read_way(program.files[FACTS])
+            if mode == "compile":
+                os.environ |= inductor_cache()
             if PACKAGE in program.files:
                 facts = torch_runtime.read_facts(program.files[FACTS])
                 self._check_capability(facts, place)
@@ -261,6 +267,11 @@ _REMARKS = {
     "graph": "torch's own kernels, launches recorded as CUDA graphs",
     "compile": "compiled by inductor when it is loaded, launches recorded as CUDA graphs",
 }
+
+
+def _is_static(signature: Signature) -> bool:
+    shapes = [port.type.shape if isinstance(port.type, TensorType) else None for port in signature.inputs]
+    return all(shape is not None and all(isinstance(size, int) for size in shape) for shape in shapes)
 
 
 def _half_problem(node: Node, precision: Precision) -> str | None:

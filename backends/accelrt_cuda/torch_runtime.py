@@ -171,11 +171,6 @@ def open_segment(
     last = lays_channels_last(precision, options)
     prepared = prepare(path, precision, place.device, channels_last=last)
     module = prepared.module
-    call = module
-    if mode == "compile":
-        call = torch.compile(
-            module, dynamic=_static_shapes(signature) is None, options=inductor_settings(options, channels_last=last)
-        )
     if options.mode == "graph" and prepared.depends:
         raise IncompatibleProgram(
             f"Its launches depend on values and cannot be recorded: {'; '.join(prepared.depends)}.",
@@ -184,16 +179,45 @@ def open_segment(
         )
     finish = _Finish(signature, place.device)
     held = list(module.buffers())
-    work = Work(
-        lambda tensors: finish(call(*tensors)),
-        _input_types(signature),
-        _output_types(signature),
-        _storages(held),
-        allow_tf32=options.allow_tf32,
-        recordable=mode != "eager" and not prepared.depends,
-        bytes=_bytes(held),
-    )
-    return _executable(place, work, signature, options, Bounds(prepared.bounds))
+
+    def build(run: Callable[..., Any]) -> Executable:
+        work = Work(
+            lambda tensors: finish(run(*tensors)),
+            _input_types(signature),
+            _output_types(signature),
+            _storages(held),
+            allow_tf32=options.allow_tf32,
+            recordable=mode != "eager" and not prepared.depends,
+            bytes=_bytes(held),
+        )
+        return _executable(place, work, signature, options, Bounds(prepared.bounds))
+
+    if mode != "compile":
+        return build(module)
+    return _compiled(build, module, signature, options, place, channels_last=last)
+
+
+def _compiled(
+    build: Callable[[Callable[..., Any]], Executable],
+    module: Any,
+    signature: Signature,
+    options: TorchCudaOptions,
+    place: Place,
+    *,
+    channels_last: bool,
+) -> Executable:
+    """Compile by inductor; where that was not asked for by name and fails, run torch's own kernels, and say so."""
+    settings = inductor_settings(options, channels_last=channels_last)
+    try:
+        return build(torch.compile(module, dynamic=_static_shapes(signature) is None, options=settings))
+    except Exception as error:
+        if options.mode == "compile" or place.translated(error, 0) is not error:
+            raise
+        logger.warning(
+            "cuda/torch runs a program with torch's own kernels, because inductor failed: %s",
+            " ".join(f"{type(error).__name__}: {error}".split())[:300],
+        )
+    return build(module)
 
 
 def open_package(
@@ -248,30 +272,33 @@ def open_program(
     in_spec = program.call_spec.in_spec
     module = move_to_device_pass(program, str(place.device)).module()
     held = [*program.state_dict.values(), *program.constants.values()]
-    run = (
-        torch.compile(module, options=inductor_settings(options, channels_last=False)) if mode == "compile" else module
-    )
     finish = _Finish(signature, place.device)
 
-    def call(tensors: list[Any]) -> list[Any]:
-        given = iter(tensors)
-        flat = [next(given) if is_input else value for is_input, value in arguments]
-        args, kwargs = torch.utils._pytree.tree_unflatten(flat, in_spec)
-        with _autocast(place, precision):
-            returned = torch.utils._pytree.tree_leaves(run(*args, **kwargs))
-        return finish([leaf for leaf, kept in zip(returned, results, strict=True) if kept])
+    def build(run: Callable[..., Any]) -> Executable:
+        def call(tensors: list[Any]) -> list[Any]:
+            given = iter(tensors)
+            flat = [next(given) if is_input else value for is_input, value in arguments]
+            args, kwargs = torch.utils._pytree.tree_unflatten(flat, in_spec)
+            with _autocast(place, precision):
+                returned = torch.utils._pytree.tree_leaves(run(*args, **kwargs))
+            return finish([leaf for leaf, kept in zip(returned, results, strict=True) if kept])
 
-    work = Work(
-        call,
-        _input_types(signature),
-        _output_types(signature),
-        _storages(held),
-        writes=stateful,
-        allow_tf32=options.allow_tf32,
-        recordable=mode != "eager" and not stateful,
-        bytes=_bytes(held),
-    )
-    return _executable(place, work, signature, options, _no_check)
+        work = Work(
+            call,
+            _input_types(signature),
+            _output_types(signature),
+            _storages(held),
+            writes=stateful,
+            allow_tf32=options.allow_tf32,
+            recordable=mode != "eager" and not stateful,
+            bytes=_bytes(held),
+        )
+        return _executable(place, work, signature, options, _no_check)
+
+    if mode != "compile":
+        return build(module)
+    last = lays_channels_last(precision, options)
+    return _compiled(build, module, signature, options, place, channels_last=last)
 
 
 def open_script(
@@ -314,6 +341,21 @@ def read_facts(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise IncompatibleProgram(f"{path.name} cannot be read: {error!r}", backend="torch") from error
     return facts
+
+
+def read_way(path: Path) -> str:
+    """Read how a program runs that could not be compiled ahead of time: ``compile`` or ``graph``.
+
+    Raises:
+        IncompatibleProgram: It is neither.
+    """
+    try:
+        way = json.loads(path.read_bytes())["run"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IncompatibleProgram(f"{path.name} cannot be read: {error!r}", backend="torch") from error
+    if way not in ("compile", "graph"):
+        raise IncompatibleProgram(f"{path.name} names no way to run the program: {way!r}.", backend="torch")
+    return str(way)
 
 
 def _executable(

@@ -24,7 +24,8 @@ class TorchCudaOptions:
     Attributes:
         mode: ``aot`` compiles by AOTInductor when the model is compiled, ``compile`` by inductor when it is loaded,
             ``graph`` does not compile; the launches of all three are recorded as CUDA graphs. ``eager`` launches
-            operator by operator. ``auto`` is ``aot``, and where that cannot be, ``graph``, saying why.
+            operator by operator. ``auto`` is ``aot``; where that cannot be, ``compile`` if the shapes are known and
+            inductor takes the model, else ``graph``, saying why.
         allow_tf32: Multiply float32 by TensorFloat-32, which keeps 10 bits after the point.
         channels_last: Lay out two-dimensional convolutions with channels last; None where the precision uses tensor
             cores: bf16, fp16, or fp32 with ``allow_tf32``.

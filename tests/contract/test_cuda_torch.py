@@ -12,7 +12,7 @@ import pytest
 from accelrt.testing.contract import BackendContract
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stand_ins" / "cuda"))
-_stand_in = importlib.import_module("torch_on_cpu")
+_stand_in = importlib.import_module("torch_backends")
 
 _SDKS = ("torch", "triton", "onnx", "onnxruntime")
 

@@ -32,7 +32,7 @@ from accelrt.testing.models import Builder, bert_base, mlp, small_cnn
 torch = pytest.importorskip("torch")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stand_ins" / "cuda"))
-_stand_in = importlib.import_module("torch_on_cpu")
+_stand_in = importlib.import_module("torch_backends")
 
 from accelrt_cuda import torch_lanes, torch_transfer  # noqa: E402 - they need torch
 from accelrt_cuda.torch import TorchCudaEngine  # noqa: E402
@@ -599,6 +599,10 @@ def test_a_program_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     (tmp_path / "facts").write_text("{}")
     with pytest.raises(IncompatibleProgram, match="facts"):
         engine.load(replace(program, files={PACKAGE: tmp_path / "x", FACTS: tmp_path / "facts"}), [DEVICE])
+    (tmp_path / "facts").write_text('{"run": "fast"}')
+    with pytest.raises(IncompatibleProgram, match="fast"):
+        files = {SEGMENT: program.files[SEGMENT], FACTS: tmp_path / "facts"}
+        engine.load(replace(program, options=TorchCudaOptions(), files=files), [DEVICE])
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     with pytest.raises(IncompatibleProgram):
         engine.load(replace(program, files={SEGMENT: tmp_path / "broken.onnx"}), [DEVICE])
@@ -640,18 +644,25 @@ def test_compiled_when_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list((tmp_path / "inductor").iterdir())
 
 
+@pytest.mark.parametrize("rows", ["batch", 4])
 def test_without_a_compiler_torchs_own_kernels_run_and_the_program_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", "/bin/false")
-    model = mlp(seed=7)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    model = mlp(seed=7, batch=rows)
     engine, program = compiled(model, tmp_path)
-    assert "not compiled" in program.remark
-    assert "AOTInductor" in program.remark
-    assert "does not compile a segment" in caplog.text
-    assert set(program.files) == {SEGMENT}
+    assert "not compiled ahead of time: AOTInductor" in program.remark
+    assert "does not compile ahead of time" in caplog.text
+    assert set(program.files) == {SEGMENT, FACTS}
+    assert json.loads(program.files[FACTS].read_bytes()) == {"run": "graph" if rows == "batch" else "compile"}
     with engine.load(program, [DEVICE]) as executable:
         np.testing.assert_allclose(executable.run(batch(4))["y"], oracle(model, batch(4))["y"], rtol=1e-4, atol=1e-5)
+    assert ("inductor failed" in caplog.text) == (rows == 4)
+    if rows == 4:
+        with pytest.raises(IncompatibleProgram):
+            engine.load(replace(program, options=TorchCudaOptions(mode="compile")), [DEVICE])
+        return
     (tmp_path / "named").mkdir()
     with pytest.raises(CompileError, match="mode='auto'"):
         compiled(model, tmp_path / "named", mode="aot")

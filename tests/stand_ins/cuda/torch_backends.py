@@ -1,4 +1,7 @@
-"""The engine `cuda/torch` on the CPU: everything but the GPU, whose part `accelrt_cuda.torch_place.HostPlace` plays."""
+"""Backends with the engine `cuda/torch` alone, for its tests.
+
+On the CPU, everything is the engine's own but the GPU, whose part `accelrt_cuda.torch_place.HostPlace` plays.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class EagerOnCpu(OnCpu):
     options: ClassVar[type] = EagerOptions
 
 
-class _OnCpuBackend(Backend):
+class _OneEngine(Backend):
     engine_class: ClassVar[type[Engine]] = OnCpu
 
     def __init__(self) -> None:
@@ -50,21 +53,37 @@ class _OnCpuBackend(Backend):
         return (Device(self.name, 0, "the CPU in the place of a GPU"),)
 
 
-class OnCpuBackend(_OnCpuBackend):
+class OnCpuBackend(_OneEngine):
     """With the engine's own defaults: AOTInductor."""
 
     name: ClassVar[str] = "torchoncpu"
 
 
-class RecordedBackend(_OnCpuBackend):
+class RecordedBackend(_OneEngine):
     """Without a compiler, recorded."""
 
     name: ClassVar[str] = "torchrecorded"
     engine_class: ClassVar[type[Engine]] = RecordedOnCpu
 
 
-class EagerBackend(_OnCpuBackend):
+class EagerBackend(_OneEngine):
     """Without a compiler, operator by operator."""
 
     name: ClassVar[str] = "torcheager"
     engine_class: ClassVar[type[Engine]] = EagerOnCpu
+
+
+class RecordedOnGpu(TorchCudaEngine):
+    """On a GPU, without a compiler unless asked: the suite compiles a hundred programs."""
+
+    options: ClassVar[type] = GraphOptions
+
+
+class GpuBackend(_OneEngine):
+    """The first GPU."""
+
+    name: ClassVar[str] = "torchgpu"
+    engine_class: ClassVar[type[Engine]] = RecordedOnGpu
+
+    def devices(self) -> Sequence[Device]:
+        return (Device(self.name, 0, "the first GPU"),)
