@@ -656,6 +656,14 @@ def test_without_a_compiler_torchs_own_kernels_run_and_the_program_says_so(
     assert "does not compile ahead of time" in caplog.text
     assert set(program.files) == {SEGMENT, FACTS}
     assert json.loads(program.files[FACTS].read_bytes()) == {"run": "graph" if rows == "batch" else "compile"}
+
+    def fails(module: Any, **arguments: Any) -> Any:
+        def run(*tensors: Any) -> Any:
+            raise RuntimeError("no compiler")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", fails)  # this process has found its compiler long ago
     with engine.load(program, [DEVICE]) as executable:
         np.testing.assert_allclose(executable.run(batch(4))["y"], oracle(model, batch(4))["y"], rtol=1e-4, atol=1e-5)
     assert ("inductor failed" in caplog.text) == (rows == 4)
