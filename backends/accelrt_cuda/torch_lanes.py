@@ -28,6 +28,7 @@ IDLE_CALLS = 64
 """A recording that was not used for so many calls of its lane makes room for another."""
 ALIGNMENT = 16
 """Bytes; compiled code loads several values at once, from addresses that it takes for multiples of this."""
+ATTEMPTS = 3
 _REMEMBERED = 1024
 """Shapes whose calls are counted before they are recorded."""
 
@@ -173,6 +174,8 @@ class Lane:
         """Return a tensor of torch's in the same memory, if it is on this device and laid out as code expects."""
         tensor = value if isinstance(value, torch.Tensor) else torch.from_dlpack(value)
         if tensor.dtype != dtype:
+            if dtype == torch.bool and tensor.dtype == torch.uint8:  # DLPack had no booleans at first
+                return self._adopted(tensor.view(torch.bool), dtype)
             raise InputError(f"A tensor of {tensor.dtype} was handed over on the device, and {dtype} is needed.")
         tensor = tensor.detach().to(self._place.device).contiguous()
         return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
@@ -231,21 +234,31 @@ class Lane:
             for _ in range(work.warm_ups):
                 once()
             place.wait(self._stream)
-            try:
-                recording = place.record(once, self._stream, self._pool)
-            except RuntimeError as error:
-                if place.translated(error, work.bytes) is not error:
-                    raise
-                logger.warning(
-                    "cuda/torch runs a program operator by operator, because its launches cannot be recorded: %s",
-                    " ".join(str(error).split())[:300],
-                )
-                self._limit = 0
-                self.close()
-                return None
+            recording = self._attempt(once)
+        if recording is None:
+            self._limit = 0
+            self.close()
+            return None
         self._recorded[key] = recorded = _Recorded(place, work, uploads, recording, self._lent)
         recorded.used = self._calls
         return recorded
+
+    def _attempt(self, once: Callable[[], list[Any]]) -> Recording | None:
+        """Record; None if that fails several times, since another thread may have been what spoilt it."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self._place.record(once, self._stream, self._pool)
+            except RuntimeError as error:
+                if self._place.translated(error, self._work.bytes) is not error:
+                    raise
+                if not self._recorded:
+                    self._pool = self._place.pool()
+                if attempt == ATTEMPTS:
+                    logger.warning(
+                        "cuda/torch runs a program operator by operator, because its launches cannot be recorded: %s",
+                        " ".join(str(error).split())[:300],
+                    )
+        return None
 
     def _sent(self, index: int, array: np.ndarray[Any, Any]) -> Any:
         upload = Upload(self._place, array.shape, self._work.inputs[index])

@@ -91,7 +91,8 @@ class CudaPlace:
         """Record what ``function`` launches, without running it.
 
         Raises:
-            RuntimeError: Something in it cannot be recorded, such as a wait for the device.
+            RuntimeError: Something in it cannot be recorded, such as a wait for the device; or another thread of the
+                process waited for the whole device meanwhile, which ends a capture.
         """
         torch = self._torch
         graph = torch.cuda.CUDAGraph()
@@ -110,7 +111,7 @@ class CudaPlace:
 
     def trim(self) -> None:
         """Give memory that torch keeps for later back to the device."""
-        with self._torch.cuda.device(self.device):
+        with _RECORDING, self._torch.cuda.device(self.device):  # it waits for the device, which a capture forbids
             self._torch.cuda.empty_cache()
 
     def translated(self, error: BaseException, needed: int) -> BaseException:

@@ -178,6 +178,21 @@ def test_what_cannot_be_recorded_is_run_as_it_is_and_said_once(caplog: pytest.Lo
     assert len(caplog.records) == 1
 
 
+def test_a_recording_that_another_thread_spoils_is_made_again(caplog: pytest.LogCaptureFixture) -> None:
+    class Spoilt(CountingPlace):
+        def record(self, function: Any, stream: Any, pool: Any) -> Any:
+            self.waits += 1
+            if self.waits < 4:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            return super().record(function, stream, pool)
+
+    place = Spoilt()
+    executable = _executable(place, (2,))
+    np.testing.assert_array_equal(executable.run(ones(2))["y"], [2, 2])
+    assert (place.recorded, executable.recordings) == (1, 1)
+    assert not caplog.records
+
+
 def test_running_out_of_memory_while_recording_is_no_reason_to_run_it_otherwise() -> None:
     place = CountingPlace()
     place.refuses = "CUDA out of memory. Tried to allocate 2.00 GiB"
