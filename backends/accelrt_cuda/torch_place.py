@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from accelrt.backend import Device
 from accelrt.errors import DeviceLost, OutOfDeviceMemory
-from accelrt.nature import Nature
 
 _RECORDING = threading.Lock()
 """CUDA allows one capture a process at a time where memory comes from torch's allocator."""
@@ -57,8 +56,6 @@ class CudaPlace:
     Args:
         index: As CUDA counts in this process.
     """
-
-    nature: Nature = "real"
 
     def __init__(self, index: int) -> None:
         import torch
@@ -137,8 +134,6 @@ class _CudaRecording:
 
 class HostPlace:
     """The CPU in the place of a GPU, for tests: nothing is recorded, but everything behaves as if it were."""
-
-    nature: Nature = "stand-in"
 
     def __init__(self) -> None:
         import torch
