@@ -224,7 +224,7 @@ class Verifier:
         target = Target(CPU, "onnxruntime")
         candidates = REGISTRY.candidates(target)
         if self._request.reference == "float64":
-            from accelrt.precision.cast import cast_floats
+            from accelrt.graph.cast import cast_floats
 
             cpu = REGISTRY.backend(CPU)
             candidates = (Candidate(cpu, find_engine(cpu, "reference")),)
