@@ -47,10 +47,11 @@ def forget() -> None:
 
 @contextlib.contextmanager
 def in_place(*paths: Path) -> Iterator[None]:
-    """Put folders on the import path, of this process and of the child that compiles."""
+    """Put folders on the import path, of this process and of the child that compiles, and no other stand-ins."""
     forget()
     before = list(sys.path)
-    sys.path[:0] = [str(path) for path in paths]
+    others = [path for path in before if not path.startswith(str(STAND_INS))]
+    sys.path[:] = [*map(str, paths), *others]
     isolation.restart()
     try:
         yield

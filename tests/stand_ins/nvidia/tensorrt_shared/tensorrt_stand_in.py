@@ -75,12 +75,6 @@ class ErrorCode(Enum):
     REFIT_FAILED = 14
 
 
-class NetworkDefinitionCreationFlag(Enum):
-    STRONGLY_TYPED = 1
-    PREFER_AOT_PYTHON_PLUGINS = 2
-    PREFER_JIT_PYTHON_PLUGINS = 3
-
-
 class MemoryPoolType(Enum):
     WORKSPACE = 0
     DLA_MANAGED_SRAM = 1
@@ -222,7 +216,9 @@ class ParserError:
         return 0
 
 
-def _error(code: ErrorCode, desc: str, func: str, node: int = -1, proto: Any = None, file: str = "onnxOpCheckers.cpp") -> Any:
+def _error(
+    code: ErrorCode, desc: str, func: str, node: int = -1, proto: Any = None, file: str = "onnxOpCheckers.cpp"
+) -> Any:
     error = ParserError()
     error._code, error._desc, error._func, error._node, error._file = code, desc, func, node, file
     error._name, error._operator = (proto.name, proto.op_type) if proto is not None else ("", "")
@@ -377,7 +373,11 @@ class OnnxParser:
             return False
         for value in proto.graph.input:
             if value.type.tensor_type.elem_type not in _TYPES or not value.type.tensor_type.HasField("shape"):
-                self._errors.append(_error(ErrorCode.INVALID_GRAPH, "Assertion failed: convertDtype(...)", "importInput", file=value.name))
+                self._errors.append(
+                    _error(
+                        ErrorCode.INVALID_GRAPH, "Assertion failed: convertDtype(...)", "importInput", file=value.name
+                    )
+                )
                 return False
         static = [error for index, node in enumerate(proto.graph.node) if (error := _static_error(proto, index, node))]
         for index, node in enumerate(proto.graph.node):
@@ -421,7 +421,9 @@ class OnnxParser:
             if path is not None:
                 onnx.load_external_data_for_model(proto, str(Path(path).parent))
         except Exception as error:
-            self._errors.append(_error(ErrorCode.MODEL_DESERIALIZE_FAILED, f"Failed to parse ONNX model: {error}", "parse"))
+            self._errors.append(
+                _error(ErrorCode.MODEL_DESERIALIZE_FAILED, f"Failed to parse ONNX model: {error}", "parse")
+            )
             return None
         for tensor in proto.graph.initializer:
             if onnx.external_data_helper.uses_external_data(tensor):
@@ -476,7 +478,11 @@ class Builder:
     def __init__(self, logger: ILogger) -> None:
         self._logger = _made(logger, ILogger)
         if STATE.lost or not STATE.devices:
-            _log(logger, ILogger.Severity.ERROR, "createInferBuilder: Error Code 6: API Usage Error (CUDA initialization failure with error: 100)")
+            _log(
+                logger,
+                ILogger.Severity.ERROR,
+                "createInferBuilder: Error Code 6: API Usage Error (CUDA initialization failure with error: 100)",
+            )
             raise TypeError("pybind11::init(): factory function returned nullptr")
 
     def create_network(self, flags: int = 0) -> INetworkDefinition:
@@ -504,22 +510,44 @@ class Builder:
         if how == "crash":
             os.abort()
         if how == "fail":
-            _log(self._logger, error, "IBuilder::buildSerializedNetwork: Error Code 10: Internal Error (Could not find any implementation for node {ForeignNode[MatMul_0]}.)")
+            _log(
+                self._logger,
+                error,
+                "IBuilder::buildSerializedNetwork: Error Code 10: Internal Error (Could not find any implementation for node {ForeignNode[MatMul_0]}.)",
+            )
             return None
         if how == "oom":
             _log(self._logger, error, "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)")
-            _log(self._logger, ILogger.Severity.WARNING, "Requested amount of GPU memory (15485030400 bytes) could not be allocated. There may not be enough free memory for allocation to succeed.")
-            _log(self._logger, error, "IBuilder::buildSerializedNetwork: Error Code 2: OutOfMemory (Requested size was 15485030400 bytes.)")
+            _log(
+                self._logger,
+                ILogger.Severity.WARNING,
+                "Requested amount of GPU memory (15485030400 bytes) could not be allocated. There may not be enough free memory for allocation to succeed.",
+            )
+            _log(
+                self._logger,
+                error,
+                "IBuilder::buildSerializedNetwork: Error Code 2: OutOfMemory (Requested size was 15485030400 bytes.)",
+            )
             return None
         if not _progress(config.progress_monitor, 200 if how == "slow" else 2, 0.05 if how == "slow" else 0.0):
-            _log(self._logger, error, "IBuilder::buildSerializedNetwork: Error Code 4: Internal Error (build was cancelled)")
+            _log(
+                self._logger,
+                error,
+                "IBuilder::buildSerializedNetwork: Error Code 4: Internal Error (build was cancelled)",
+            )
             return None
         profile = config._profiles[0] if config._profiles else None
         for tensor in network._inputs:
             needs = tensor.is_shape_tensor or -1 in tensor.shape
-            told = profile is not None and tensor.name in (profile._values if tensor.is_shape_tensor else profile._shapes)
+            told = profile is not None and tensor.name in (
+                profile._values if tensor.is_shape_tensor else profile._shapes
+            )
             if needs and not told:
-                _log(self._logger, error, "IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error (Network has dynamic or shape inputs, but no optimization profile has been defined.)")
+                _log(
+                    self._logger,
+                    error,
+                    "IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error (Network has dynamic or shape inputs, but no optimization profile has been defined.)",
+                )
                 return None
         if config._cache is not None:
             for node in network._model.graph.node:
@@ -576,23 +604,44 @@ class Runtime:
     def deserialize_cuda_engine(self, serialized_engine: Any) -> ICudaEngine | None:
         data, error = bytes(serialized_engine), ILogger.Severity.ERROR
         if not data.startswith(_MAGIC):
-            _log(self._logger, error, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (Serialization assertion magicTagRead == kMAGIC_TAG failed.)")
+            _log(
+                self._logger,
+                error,
+                "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (Serialization assertion magicTagRead == kMAGIC_TAG failed.)",
+            )
             return None
         header, model = read_plan(data)
-        if "VERSION_COMPATIBLE" in header["flags"] and "EXCLUDE_LEAN_RUNTIME" not in header["flags"] and not self.engine_host_code_allowed:
-            _log(self._logger, error, "IRuntime::deserializeCudaEngine: Error Code 4: the plan holds host code, which is not allowed")
+        if (
+            "VERSION_COMPATIBLE" in header["flags"]
+            and "EXCLUDE_LEAN_RUNTIME" not in header["flags"]
+            and not self.engine_host_code_allowed
+        ):
+            _log(
+                self._logger,
+                error,
+                "IRuntime::deserializeCudaEngine: Error Code 4: the plan holds host code, which is not allowed",
+            )
             return None
         if header["version"] != self._version() and "VERSION_COMPATIBLE" not in header["flags"]:
-            _log(self._logger, error, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed.Version tag does not match.)")
+            _log(
+                self._logger,
+                error,
+                "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed.Version tag does not match.)",
+            )
             return None
-        if STATE.allocate(len(model), "device") is None:
+        address = STATE.allocate(len(model), "device")
+        if address is None:
             _log(self._logger, error, "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)")
-            _log(self._logger, ILogger.Severity.WARNING, f"Requested amount of GPU memory ({len(model)} bytes) could not be allocated. There may not be enough free memory for allocation to succeed.")
+            _log(
+                self._logger,
+                ILogger.Severity.WARNING,
+                f"Requested amount of GPU memory ({len(model)} bytes) could not be allocated. There may not be enough free memory for allocation to succeed.",
+            )
             return None
         engine = ICudaEngine()
         engine._logger, engine._header, engine._proto = self._logger, header, onnx.ModelProto.FromString(model)
         engine._compute = _computer(engine._proto)
-        engine._shapes = {}
+        engine._shapes, engine._address = {}, address
         network = INetworkDefinition()
         _fill(network, engine._proto)
         engine._inputs = {tensor.name: tensor for tensor in network._inputs}
@@ -623,7 +672,10 @@ def _computer(proto: Any) -> Any:
 
 
 class ICudaEngine:
-    __slots__ = ("_compute", "_header", "_inputs", "_logger", "_outputs", "_proto", "_shapes")
+    __slots__ = ("_address", "_compute", "_header", "_inputs", "_logger", "_outputs", "_proto", "_shapes")
+
+    def __del__(self) -> None:
+        STATE.release(getattr(self, "_address", 0), "device")
 
     @property
     def num_io_tensors(self) -> int:
@@ -650,7 +702,7 @@ class ICudaEngine:
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Dims]:
         return [Dims(sizes) for sizes in self._header["profile"][name]]
 
-    def create_execution_context(self) -> IExecutionContext | None:
+    def create_execution_context(self, strategy: Any = None) -> IExecutionContext | None:
         context = IExecutionContext()
         context._engine, context._addresses, context._allocators, context._sizes = self, {}, {}, {}
         return context
@@ -703,7 +755,11 @@ class IExecutionContext:
             raise TypeError("set_input_shape(): incompatible function arguments")
         least, _, greatest = self._engine._header["profile"][name]
         if len(shape) != len(least) or not all(a <= b <= c for a, b, c in zip(least, shape, greatest, strict=True)):
-            _log(self._engine._logger, ILogger.Severity.ERROR, f"IExecutionContext::setInputShape: Error Code 3: API Usage Error (Parameter check failed, condition: engineDims.d[i] == dims.d[i]. Static dimension mismatch while setting input shape for {name}.)")
+            _log(
+                self._engine._logger,
+                ILogger.Severity.ERROR,
+                f"IExecutionContext::setInputShape: Error Code 3: API Usage Error (Parameter check failed, condition: engineDims.d[i] == dims.d[i]. Static dimension mismatch while setting input shape for {name}.)",
+            )
             return False
         self._sizes[name] = tuple(map(int, shape))
         return True
@@ -738,13 +794,21 @@ class IExecutionContext:
         _executions += 1
         if STATE.lost or (limit := _told("LOST_AFTER")) and _executions > int(limit[0]):
             STATE.lost = True
-            _log(logger, error, "IExecutionContext::enqueueV3: Error Code 1: Cuda Runtime (an illegal memory access was encountered)")
+            _log(
+                logger,
+                error,
+                "IExecutionContext::enqueueV3: Error Code 1: Cuda Runtime (an illegal memory access was encountered)",
+            )
             return False
         for name in self._engine._inputs:
             wanted = "pinned" if name in self._engine._header["hosts"] else "device"
             address, size = self._addresses.get(name, 0), self._size(name)
             if not address or address % 256 or (size and STATE.kind_at(address, size) != wanted):
-                _log(logger, error, f"IExecutionContext::enqueueV3: Error Code 3: API Usage Error (Parameter check failed, condition: mContext.profileObliviousBindings. Address is not set for input tensor {name}.)")
+                _log(
+                    logger,
+                    error,
+                    f"IExecutionContext::enqueueV3: Error Code 3: API Usage Error (Parameter check failed, condition: mContext.profileObliviousBindings. Address is not set for input tensor {name}.)",
+                )
                 return False
         results = self._engine._compute({name: self._read(name) for name in self._engine._inputs})
         for (name, tensor), value in zip(self._engine._outputs.items(), results, strict=True):
@@ -764,7 +828,11 @@ class IExecutionContext:
             if address:
                 allocator.notify_shape(name, Dims(array.shape))
         if not address or address % 256 or (array.nbytes and STATE.kind_at(address, array.nbytes) != "device"):
-            _log(self._engine._logger, ILogger.Severity.ERROR, f"IExecutionContext::enqueueV3: Error Code 2: Internal Error (no room for output {name})")
+            _log(
+                self._engine._logger,
+                ILogger.Severity.ERROR,
+                f"IExecutionContext::enqueueV3: Error Code 2: Internal Error (no room for output {name})",
+            )
             return False
         if array.nbytes:
             ctypes.memmove(address, array.ctypes.data, array.nbytes)

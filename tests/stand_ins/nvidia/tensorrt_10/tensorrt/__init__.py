@@ -7,6 +7,13 @@ from tensorrt_stand_in import Enum as _Enum
 __version__ = "10.16.1.11"
 
 
+class NetworkDefinitionCreationFlag(_Enum):
+    EXPLICIT_BATCH = 0
+    STRONGLY_TYPED = 1
+    PREFER_JIT_PYTHON_PLUGINS = 2
+    PREFER_AOT_PYTHON_PLUGINS = 3
+
+
 class BuilderFlag(_Enum):
     FP16 = 0
     INT8 = 1

@@ -7,6 +7,12 @@ from tensorrt_stand_in import Enum as _Enum
 __version__ = "11.4.0.106"
 
 
+class NetworkDefinitionCreationFlag(_Enum):
+    STRONGLY_TYPED = 0
+    PREFER_JIT_PYTHON_PLUGINS = 1
+    PREFER_AOT_PYTHON_PLUGINS = 2
+
+
 class BuilderFlag(_Enum):
     DEBUG = 2
     GPU_FALLBACK = 3
