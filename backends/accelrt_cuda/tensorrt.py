@@ -96,8 +96,8 @@ class TensorRtEngine(Engine):
 
         By default the release of TensorRT, the compute capability and the model of the GPU. A plan of
         ``hardware_compatibility`` ``same_compute_capability`` goes to other models, one of ``ampere_plus`` to every
-        capability from 8.0; one that is ``version_compatible`` to releases of the same major version from its own on: an
-        earlier one refuses it when it is loaded.
+        capability from 8.0; one that is ``version_compatible`` to releases of the same major version: one older than
+        its own refuses it when it is loaded.
         """
         facts, chosen = self.facts(), self._options
         device = facts["devices"][0]

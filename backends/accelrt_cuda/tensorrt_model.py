@@ -119,7 +119,7 @@ def prepared(data: bytes, weights: Sequence[str], precision: str, prefix: str) -
     Raises:
         AccelrtError: It cannot be cast.
     """
-    proto = onnx.ModelProto.FromString(data)
+    proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
     proto.graph.node[0].name = proto.graph.node[0].name or proto.graph.node[0].op_type
     if (dtype := HALF.get(precision)) is not None:
         proto = _halved(proto, dtype, weights)
@@ -230,7 +230,8 @@ def segment(model: Path, precision: str, halves: WeightFile) -> bytes:
 def _halve_weights(graph: onnx.GraphProto, weights: Mapping[str, Any], dtype: str, halves: WeightFile) -> None:
     kept: list[onnx.NodeProto] = []
     for node in graph.node:
-        if node.op_type == "Cast" and node.input[0] in weights and node.name == node.output[0]:
+        to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), None)
+        if node.op_type == "Cast" and node.input[0] in weights and to == elem_type(dtype):
             with np.errstate(over="ignore"):
                 value = np.asarray(weights[node.input[0]].numpy()).astype(numpy_dtype(dtype))
             tensor = onnx.TensorProto(name=node.output[0], data_type=elem_type(dtype), dims=value.shape)

@@ -42,6 +42,9 @@ class Tensor:
     on_host: bool
 
 
+_LOADING = threading.Lock()
+
+
 @cache
 def _runtime() -> Any:
     trt = bindings()
@@ -61,8 +64,10 @@ def load(plan: Path, signature: Signature, gpu: Gpu) -> Resident:
     """
     mark = LOG.mark()
     try:
-        gpu.use()
-        engine = _runtime().deserialize_cuda_engine(plan.read_bytes())
+        data = plan.read_bytes()
+        with _LOADING:  # the runtime loads onto the device that is in use, one plan at a time
+            gpu.use()
+            engine = _runtime().deserialize_cuda_engine(data)
         if engine is None:
             raise from_log(LOG.since(mark), "Loading the plan", gpu.memory(), IncompatibleProgram)
         return Resident(engine, signature, gpu)
@@ -253,7 +258,8 @@ def _allocator_class() -> type:
 
         def reallocate_output(self, tensor_name: str, memory: int, size: int, alignment: int) -> int:
             try:
-                return self._output.block.fit(size)
+                place = self._output.pinned if self._output.tensor.on_host else self._output.block
+                return place.fit(size)
             except CudaFailure as error:  # an exception cannot pass through TensorRT; a null address says it
                 self.failure = error
                 return 0

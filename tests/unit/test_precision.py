@@ -19,8 +19,8 @@ from accelrt import Verification
 from accelrt.backend import Precision
 from accelrt.data import digits_model, held_out_digits
 from accelrt.errors import OptionError, UnsupportedNodes
-from accelrt.graph.load import load_graph
 from accelrt.graph.cast import cast_floats
+from accelrt.graph.load import load_graph
 from accelrt.precision.plan import plan
 from accelrt.registry import REGISTRY, find_engine
 from accelrt.target import parse

@@ -26,6 +26,7 @@ from onnx import numpy_helper
 import accelrt
 from accelrt import isolation
 from accelrt.backend import CompileJob, Device, Program
+from accelrt.data import digits_model, held_out_digits
 from accelrt.errors import (
     AccelrtError,
     CompileError,
@@ -40,7 +41,7 @@ from accelrt.graph.load import load_graph
 from accelrt.graph.types import Port, Signature, TensorType
 from accelrt.graph.weights import WeightFile
 from accelrt.options import from_json
-from accelrt.testing.models import Builder, mlp
+from accelrt.testing.models import Builder
 from accelrt_cuda import tensorrt_dlpack, tensorrt_errors
 from accelrt_cuda.tensorrt import PLAN, TensorRtEngine, ordinal_of
 from accelrt_cuda.tensorrt_errors import CudaFailure
@@ -580,7 +581,7 @@ def test_the_builder_is_told_what_the_options_say(engine: TensorRtEngine, releas
             workspace_bytes=1 << 20,
             hardware_compatibility="ampere_plus",
             version_compatible=True,
-        )  # fmt: skip
+        )
     )
     assert {"TF32", "VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"} <= set(told["flags"])
     assert (told["optimization_level"], told["pools"], told["level"]) == (5, {"WORKSPACE": 1 << 20}, "AMPERE_PLUS")
@@ -663,6 +664,27 @@ def test_zero_points_that_are_not_zero_are_refused(engine: TensorRtEngine, zero:
     assert all("symmetric" in reason for reason in refusals)
 
 
+def test_a_model_calibrated_symmetrically_runs_in_int8(registered: str) -> None:
+    images, _ = held_out_digits()
+    calibration = accelrt.Calibration([images[i : i + 1] for i in range(20)], activations="int8", symmetric=True)
+    artifact = accelrt.compile(digits_model(), registered, precision="int8", calibration=calibration, fallback="error")
+    assert [(s.engine, s.precision) for s in artifact.placement.segments] == [(registered, "int8")]
+    names = [node.name for node in artifact.placement.segments[0].nodes]
+    assert sum("Quantize" in name for name in names) >= 8
+    with accelrt.load(artifact) as session:
+        found = next(iter(session.predict(images[:32]).values()))
+    expected = next(iter(oracle(onnx.load(digits_model()), {artifact.signature.input_names[0]: images[:32]}).values()))
+    assert (found.argmax(1) == expected.argmax(1)).mean() > 0.95
+
+
+def test_a_model_calibrated_otherwise_says_why_it_does_not(registered: str) -> None:
+    images, _ = held_out_digits()
+    calibration = accelrt.Calibration([images[i : i + 1] for i in range(5)])
+    artifact = accelrt.compile(digits_model(), registered, precision="int8", calibration=calibration, fallback="allow")
+    reasons = {refusal.reason for refusal in artifact.placement.refusals if refusal.engine == registered}
+    assert any("symmetric" in reason for reason in reasons)
+
+
 # Building goes wrong
 
 
@@ -674,7 +696,7 @@ def test_a_failed_build_says_what_the_log_said(engine: TensorRtEngine, tmp_path:
 
 def test_a_build_without_memory_says_how_much(engine: TensorRtEngine, tmp_path: Path, behave: Any) -> None:
     behave(TENSORRT_STAND_IN_BUILD="oom")
-    with pytest.raises(CompileError, match="15485030400 bytes were asked for, .* bytes of the device are free"):
+    with pytest.raises(CompileError, match=r"15485030400 bytes were asked for, .* bytes of the device are free"):
         build(engine, matmul(), tmp_path)
 
 
@@ -878,6 +900,19 @@ def test_closing_gives_all_memory_back(engine: TensorRtEngine, tmp_path: Path) -
 # Staying on the device
 
 
+class Handed:
+    """What hands over a capsule that it was given, once."""
+
+    def __init__(self, capsule: Any) -> None:
+        self._capsules = [capsule]
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, 0)
+
+    def __dlpack__(self, **request: Any) -> Any:
+        return self._capsules.pop()
+
+
 class Theirs:
     """A tensor of another library's, made of one of ours."""
 
@@ -943,7 +978,7 @@ def test_capsules_let_go_of_what_they_hold(engine: TensorRtEngine, tmp_path: Pat
         held: Any = resident.run_resident(drawn(program.signature), {"y"})["y"]
         capsule = held.__dlpack__(max_version=versioned)
         assert len(tensorrt_dlpack._exported) == 1
-        found = tensorrt_dlpack.read(type("T", (), {"__dlpack__": lambda self, stream: capsule})())
+        found = tensorrt_dlpack.read(Handed(capsule))
         assert (found.shape, found.dtype, found.address, found.device) == ((2, 32), "float32", held.address, (2, 0))
         del found, capsule
         gc.collect()
@@ -974,14 +1009,7 @@ def test_a_tensor_of_another_device_or_type_is_refused(engine: TensorRtEngine, t
         with pytest.raises(ExecutionError, match="int32"):
             resident.run_resident({"x": held}, ())
         with pytest.raises(ExecutionError, match="capsule"):
-            resident.run_resident(
-                {
-                    "x": type(
-                        "T", (), {"__dlpack__": lambda self, stream: 3, "__dlpack_device__": lambda self: (2, 0)}
-                    )()
-                },
-                (),
-            )
+            resident.run_resident({"x": Handed(3)}, ())
 
 
 def test_a_view_that_is_not_aligned_is_copied_on_the_device(engine: TensorRtEngine, tmp_path: Path) -> None:
@@ -1031,7 +1059,7 @@ def test_a_lost_device_is_lost_for_good(engine: TensorRtEngine, tmp_path: Path) 
     inputs = drawn(program.signature)
     resident.run(inputs)
     cuda_state().lost = True
-    with pytest.raises(DeviceLost, match="illegal|IllegalAddress"):
+    with pytest.raises(DeviceLost, match=r"illegal|IllegalAddress"):
         resident.run(inputs)
     cuda_state().lost = False
     with pytest.raises(DeviceLost):
@@ -1144,7 +1172,7 @@ def test_a_plan_for_another_device_is_built_anew(registered: str, tmp_path: Path
 def test_a_device_that_cuda_does_not_see_is_an_error() -> None:
     assert ordinal_of(Device("cuda", 3, "x")) == 3
     assert ordinal_of(Device("cuda", 3, "x", properties={"cuda_index": "1"})) == 1
-    with pytest.raises(CoresUnavailable, match="CUDA_VISIBLE_DEVICES|hidden"):
+    with pytest.raises(CoresUnavailable, match="hidden"):
         ordinal_of(Device("cuda", 3, "x", properties={"cuda_index": "hidden"}))
 
 

@@ -166,17 +166,6 @@ class IProgressMonitor:
     def phase_finish(self, phase_name: str) -> None: ...
 
 
-class IHostMemory:
-    __slots__ = ("_data",)
-
-    def __buffer__(self, flags: int) -> memoryview:
-        return memoryview(self._data)
-
-    @property
-    def nbytes(self) -> int:
-        return len(self._data)
-
-
 def _memory(data: bytes) -> Any:
     """Return bytes as the library hands them out: a buffer. Before Python 3.12 no class of Python can be one."""
     return memoryview(data)
@@ -294,7 +283,7 @@ class IBuilderConfig:
 
     def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
         for sizes in profile._shapes.values():
-            if not len({len(part) for part in sizes}) == 1:
+            if len({len(part) for part in sizes}) != 1:
                 return -1
         self._profiles.append(profile)
         return len(self._profiles) - 1
@@ -439,6 +428,10 @@ def _static_error(model: Any, index: int, node: Any) -> ParserError | None:
         text = "Plugin not found, are the plugin name, version, and namespace correct?"
         return _error(ErrorCode.UNSUPPORTED_NODE, text, "checkFallbackPluginImporter", index, node)
     if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2:
+        held = {t.name: t.data_type for t in model.graph.initializer}
+        if held.get(node.input[0]) == onnx.TensorProto.INT32:
+            text = "Assertion failed: inputs.at(0) is of a type that can be dequantized"
+            return _error(ErrorCode.UNSUPPORTED_NODE_DATATYPE, text, "QuantDequantLinearHelper", index, node)
         zero = next((t for t in model.graph.initializer if t.name == node.input[2]), None)
         if zero is not None and (zero.data_type == onnx.TensorProto.UINT8 or np.any(onnx.numpy_helper.to_array(zero))):
             text = "Assertion failed: shiftIsAllZeros(zeroPoint): TensorRT only supports symmetric quantization"
@@ -792,7 +785,7 @@ class IExecutionContext:
             _log(logger, error, "IExecutionContext::enqueueV3: Error Code 1: Cuda Runtime (invalid resource handle)")
             return False
         _executions += 1
-        if STATE.lost or (limit := _told("LOST_AFTER")) and _executions > int(limit[0]):
+        if STATE.lost or ((limit := _told("LOST_AFTER")) and _executions > int(limit[0])):
             STATE.lost = True
             _log(
                 logger,

@@ -5,6 +5,8 @@ error first, None for results that are not to be had. Copies look whether the ad
 the direction says. `STATE` is what tests turn; variables of the environment set it for processes that are started.
 """
 
+# ruff: noqa: N801, N802, N803, N815 - the names are the vendor's
+
 from __future__ import annotations
 
 import ctypes
