@@ -91,6 +91,16 @@ class TensorRtEngine(Engine):
             self._facts.update(_probe() if _is_installed() else {"kind": "bindings", "problem": "no package tensorrt"})
         return self._facts
 
+    def report(self) -> Mapping[str, Any]:
+        """Return what somebody far away needs to see: JSON, for the report of the backend. Never raises."""
+        facts = dict(self.facts())
+        if facts.get("kind") in ("bindings", "libraries", "crash"):
+            return facts
+        try:
+            return {**facts, **isolation.call(f"{_CHILD}:describe", timeout_s=_PROBE_S)}
+        except (AccelrtError, OSError) as error:
+            return {**facts, "undescribed": str(error)}
+
     def fingerprint(self) -> Mapping[str, str]:
         """Return what a plan depends on.
 

@@ -24,6 +24,26 @@ NEEDED = {
 }
 """What a binding must have to be used: that of TensorRT 10.1, the first whose parser answers for single nodes."""
 
+REPORTED = {
+    "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"),
+    "IBuilderConfig": (
+        "set_flag", "clear_flag", "set_memory_pool_limit", "add_optimization_profile", "create_timing_cache",
+        "set_timing_cache",
+    ),
+    "IOptimizationProfile": ("set_shape", "set_shape_input"),
+    "ITimingCache": ("combine", "serialize"),
+    "OnnxParser": ("__init__", "supports_model_v2", "get_subgraph_nodes", "get_error", "parse"),
+    "Runtime": ("deserialize_cuda_engine",),
+    "ICudaEngine": (
+        "create_execution_context", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_shape",
+        "get_tensor_location", "get_tensor_profile_shape",
+    ),
+    "IExecutionContext": (
+        "set_input_shape", "set_tensor_address", "set_output_allocator", "get_tensor_shape", "execute_async_v3",
+    ),
+}  # fmt: skip
+"""All functions that the engine calls, for a report from a machine where one of them is not as it was expected."""
+
 logger = logging.getLogger("accelrt")
 
 _DTYPES = {
@@ -59,6 +79,16 @@ def lacking(trt: Any) -> list[str]:
         for name in names
         if not hasattr(getattr(trt, owner, None), name)
     ]
+
+
+def signatures(trt: Any) -> dict[str, list[str]]:
+    """Return how a binding declares the functions of `REPORTED`, as pybind11 writes it into their documentation."""
+    found = {}
+    for owner, names in REPORTED.items():
+        for name in names:
+            text = getattr(getattr(getattr(trt, owner, None), name, None), "__doc__", None) or ""
+            found[f"{owner}.{name}"] = [line.strip() for line in text.splitlines() if f"{name}(self" in line]
+    return found
 
 
 def dtype_of(kind: Any) -> str | None:

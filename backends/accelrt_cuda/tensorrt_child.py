@@ -16,7 +16,7 @@ from accelrt.errors import AccelrtError, CompileError, DeviceError
 from accelrt.graph.types import Signature
 from accelrt_cuda import tensorrt_cuda as cuda
 from accelrt_cuda import tensorrt_timing_cache as timing_cache
-from accelrt_cuda.tensorrt_api import LOG, MODULES, bindings, lacking, network_flags, trt_logger
+from accelrt_cuda.tensorrt_api import LOG, MODULES, bindings, lacking, network_flags, signatures, trt_logger
 from accelrt_cuda.tensorrt_errors import CudaFailure, compile_error, from_log, short, tail
 from accelrt_cuda.tensorrt_options import TensorRtOptions, ranges
 
@@ -65,6 +65,20 @@ def _devices() -> dict[str, Any]:
 
 def _dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def describe() -> dict[str, Any]:
+    """Return what somebody far away needs to see of the bindings: where they come from, and how they are declared."""
+    trt = bindings()
+    flags = sorted(name for name in dir(trt.BuilderFlag) if name.isupper())
+    levels = sorted(name for name in dir(trt.HardwareCompatibilityLevel) if name.isupper())
+    return {
+        "module": trt.__name__,
+        "signatures": signatures(trt),
+        "builder_flags": flags,
+        "hardware_compatibility_levels": levels,
+        "progress_monitor": hasattr(trt, "IProgressMonitor"),
+    }
 
 
 # Which nodes can be parsed

@@ -348,6 +348,18 @@ def test_status_imports_nothing_here(engine: TensorRtEngine) -> None:
     assert "tensorrt" not in sys.modules
 
 
+def test_the_report_is_json_and_shows_what_was_found(engine: TensorRtEngine, release: str) -> None:
+    found = json.loads(json.dumps(engine.report()))
+    assert found["version"] == recorded(release)["version"]
+    assert found["devices"] == [{"name": "Stand-in GPU", "compute_capability": "9.0"}]
+    assert ("FP16" in found["builder_flags"]) == (release == "10")
+    from accelrt_cuda.tensorrt_api import REPORTED
+
+    assert set(found["signatures"]) == {f"{owner}.{name}" for owner, names in REPORTED.items() for name in names}
+    for owner, names in REPORTED.items():
+        assert set(names) <= set(recorded(release)["classes"][owner]), owner
+
+
 # Support
 
 
