@@ -157,21 +157,26 @@ def _refused(trt: Any, builder: Any, group: Mapping[int, Any], folder: Path) -> 
 def _errors_of(trt: Any, builder: Any, model: Any, folder: Path) -> list[dict[str, Any]] | None:
     """Return the parser's errors on a model, None if it takes all of it."""
     mark = LOG.mark()
-    network = builder.create_network(network_flags(trt))
+    data, path = model.SerializeToString(), str(folder / "trial.onnx")
+    network = builder.create_network(network_flags(trt))  # the parser writes into it, and does not keep it
     parser = trt.OnnxParser(network, trt_logger())
-    if parser.supports_model_v2(model.SerializeToString(), str(folder / "trial.onnx")):
+    if parser.supports_model_v2(data, path):
         return None
-    errors = [_told(parser.get_error(index)) for index in range(parser.num_errors)]
-    if errors:
-        return errors
-    inside = {node for index in range(parser.num_subgraphs) for node in parser.get_subgraph_nodes(index)}
-    if parser.num_subgraphs and all(0 <= node < len(model.graph.node) for node in inside):
-        # Without an error all has been parsed. It is not "supported" because the sizes of some output hang on values,
-        # which callers of this function cannot have; here an allocator makes room for them at run time.
-        return None
-    return [
-        {"node": -1, "name": "", "file": "", "reason": f"the parser refuses it: {tail(LOG.since(mark)) or 'no reason'}"}
-    ]
+    errors = _all_told(parser)
+    if not errors:
+        # It leaves out nodes whose output sizes hang on values, since not every caller has an allocator for them; this
+        # engine has. Whether it can parse them is another question.
+        another = builder.create_network(network_flags(trt))
+        parsing = trt.OnnxParser(another, trt_logger())
+        if parsing.parse(data, path):
+            return None
+        errors = _all_told(parsing)
+    said = tail(LOG.since(mark)) or "it does not say why"
+    return errors or [{"node": -1, "name": "", "file": "", "reason": f"the parser refuses it: {said}"}]
+
+
+def _all_told(parser: Any) -> list[dict[str, Any]]:
+    return [_told(parser.get_error(index)) for index in range(parser.num_errors)]
 
 
 def _told(error: Any) -> dict[str, Any]:
@@ -255,7 +260,7 @@ def _build(
         halves.close()
         mark = LOG.mark()
         if not parser.parse(data, str(model)):
-            errors = [_told(parser.get_error(index))["reason"] for index in range(parser.num_errors)]
+            errors = [error["reason"] for error in _all_told(parser)]
             raise compile_error(f"TensorRT cannot parse the segment: {'; '.join(errors) or tail(LOG.since(mark))}.")
         config = _config(trt, builder, options)
         _add_profile(builder, config, network, sizes, dict(options.profiles))

@@ -25,7 +25,8 @@ class TensorRtOptions:
         profiles: For inputs with open dimensions, the sizes to build for: ``{"x": ((1, 3, 64, 64), (8, 3, 224, 224),
             (32, 3, 512, 512))}``, least, best and greatest, as Torch-TensorRT's ``Input`` has them; also as a mapping
             with the keys ``min_shape``, ``opt_shape`` and ``max_shape``. For an input that TensorRT reads as a shape,
-            its values. A size given for a named dimension holds for every input that has it.
+            its values. A size given for a named dimension holds for every input that has it; under the name of a
+            dimension, ``{"sequence": (1, 128, 512)}``, it holds in every segment, whatever its inputs are called.
         batch: The same for the open first dimension of inputs that ``profiles`` does not name.
         optimization_level: How long the builder looks for better kernels, 0 to 5.
         workspace_bytes: What a layer may use as scratch memory; None for all of the device.
@@ -117,7 +118,12 @@ def ranges(signature: Signature, options: TensorRtOptions) -> dict[str, Range]:
         for port in signature.inputs
         if isinstance(port.type, TensorType) and port.type.shape is not None and not _is_static(port.type.shape)
     }
-    named: dict[str, Sizes] = {}
+    # An input comes before a dimension of its name.
+    named: dict[str, Sizes] = {
+        name: (chosen[0][0], chosen[1][0], chosen[2][0])
+        for name, chosen in given.items()
+        if name not in signature.input_names and len(chosen[0]) == 1
+    }
     for name, shape in open_inputs.items():
         if (chosen := given.get(name)) is None:
             continue

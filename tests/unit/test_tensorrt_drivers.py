@@ -7,6 +7,7 @@ import gc
 import importlib
 import inspect
 import json
+import re
 import shutil
 import sys
 import threading
@@ -189,6 +190,26 @@ def _difference(name: str, value: Any, recorded: Any) -> list[str]:
 
 def test_stand_ins_have_the_signatures_of_the_bindings(release: str) -> None:
     assert differences(importlib.import_module("tensorrt"), recorded(release)) == []
+
+
+def test_the_stand_in_for_cuda_has_the_signatures_of_cuda_bindings(release: str) -> None:
+    module = importlib.import_module("cuda.bindings.runtime")
+    table = json.loads((STAND_INS / "tensorrt_signatures" / "cuda.json").read_text())
+    own = {name: value for name, value in vars(module).items() if name.startswith("cuda") and inspect.isfunction(value)}
+    assert {name: ", ".join(inspect.signature(value).parameters) for name, value in own.items()} == table["functions"]
+    for name, values in table["enums"].items():
+        for key, value in getattr(module, name).__members__.items():
+            assert values[key] == int(value), key
+
+
+def test_what_the_engine_calls_of_cuda_is_recorded() -> None:
+    folder = Path(tensorrt_errors.__file__).parent
+    called = {
+        name for path in folder.glob("tensorrt*.py") for name in re.findall(r"\"(cuda[A-Z]\w+)\"", path.read_text())
+    }
+    table = json.loads((STAND_INS / "tensorrt_signatures" / "cuda.json").read_text())
+    assert called <= {*table["functions"], *table["enums"]["cudaMemcpyKind"]}
+    assert len(called) > 10
 
 
 def test_what_11_dropped_is_not_in_its_stand_in(release: str) -> None:
@@ -420,6 +441,25 @@ def test_a_node_that_takes_the_parser_down_is_found(engine: TensorRtEngine, beha
     assert "SIGABRT" in verdicts[1].reason
 
 
+def test_nodes_are_found_where_errors_do_not_name_them(engine: TensorRtEngine, behave: Callable[..., None]) -> None:
+    behave(TENSORRT_STAND_IN_STUMBLES="Erf", TENSORRT_STAND_IN_REFUSES="Sinh", TENSORRT_STAND_IN_NAMELESS="1")
+    operators = ("Relu", "Erf", "Tanh", "Sinh", "Abs", "Neg", "Exp")
+    verdicts = engine.supports_all(load_graph(chain(*operators)).nodes, "fp32")
+    assert [verdict.supported for verdict in verdicts] == [operator not in ("Erf", "Sinh") for operator in operators]
+    assert "Erf cannot be imported" in verdicts[1].reason
+    assert "Plugin not found" in verdicts[3].reason
+
+
+def test_a_node_that_the_parser_leaves_out_without_an_error_is_taken_in_any_company(
+    engine: TensorRtEngine, behave: Callable[..., None]
+) -> None:
+    behave(TENSORRT_STAND_IN_REFUSES="Relu")
+    relu, nonzero = load_graph(sized_by_values()).nodes
+    assert [verdict.supported for verdict in engine.supports_all([relu, nonzero], "fp32")] == [False, True]
+    assert TensorRtEngine().supports(nonzero, "fp32").supported
+    assert [verdict.supported for verdict in TensorRtEngine().supports_all([nonzero, relu], "fp32")] == [True, False]
+
+
 def test_explain_has_the_reason_and_the_rest_runs_elsewhere(registered: str, behave: Callable[..., None]) -> None:
     behave(TENSORRT_STAND_IN_REFUSES="Tanh")
     proto = chain("Relu", "Tanh", "Abs")
@@ -543,6 +583,27 @@ def test_a_named_size_holds_for_every_input_that_has_it() -> None:
     found = ranges(ports(a=("n", "length"), b=("n", "length", 4), c=("length",)), options)
     assert found["b"] == ((1, 5, 4), (2, 6, 4), (3, 7, 4))
     assert found["c"] == ((5,), (6,), (7,))
+
+
+def test_a_size_can_be_given_to_a_dimension_by_name() -> None:
+    options = TensorRtOptions(profiles={"length": (1, 16, 64), "n": ((2,), (3,), (4,))})
+    found = ranges(ports(inner=("n", "length", 8), length=("length",)), options)
+    assert found["inner"] == ((2, 1, 8), (3, 16, 8), (4, 64, 8))
+    assert found["length"] == ((1,), (16,), (64,))
+
+
+def test_a_named_size_holds_in_segments_whose_inputs_are_inner_values(
+    registered: str, behave: Callable[..., None]
+) -> None:
+    behave(TENSORRT_STAND_IN_REFUSES="Tanh")
+    net = Builder("cut")
+    x = net.input("x", ("n", "length"))
+    net.output(net.node("Abs", net.node("Tanh", net.node("Relu", x)), name="y"), ("n", "length"))
+    artifact = accelrt.compile(net.model(), registered, fallback="allow", options={"profiles": {"length": (1, 4, 16)}})
+    assert [segment.engine for segment in artifact.placement.segments] == [registered, "cpu/onnxruntime", registered]
+    value = np.random.default_rng(0).standard_normal((3, 11)).astype(np.float32)
+    with accelrt.load(artifact) as session:
+        np.testing.assert_allclose(session.predict({"x": value})["y"], np.abs(np.tanh(np.maximum(value, 0))), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -878,6 +939,12 @@ def test_elements_of_four_bits_are_packed_and_unpacked(values: list[int]) -> Non
     np.testing.assert_array_equal(
         runtime._array(output, array.shape, packed.size).astype(np.int8), array.astype(np.int8)
     )
+
+
+def test_the_scheduler_is_told_of_as_many_lanes_as_there_are() -> None:
+    from accelrt_cuda.tensorrt_runtime import LANES
+
+    assert TensorRtEngine.caps.parallelism == LANES
 
 
 def test_sixteen_threads_get_their_own_answers(engine: TensorRtEngine, tmp_path: Path) -> None:

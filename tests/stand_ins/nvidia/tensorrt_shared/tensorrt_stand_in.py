@@ -8,6 +8,7 @@ How it behaves is told by variables of the environment, since it is mostly used 
 
 ``TENSORRT_STAND_IN_REFUSES``  operators that the parser refuses before it begins, after those that it really refuses.
 ``TENSORRT_STAND_IN_STUMBLES``  operators at which it fails on the way: it stops at the first.
+``TENSORRT_STAND_IN_NAMELESS``  errors do not say which node they are about.
 ``TENSORRT_STAND_IN_BUILD``  ``fail``, ``oom``, ``crash``, or ``slow`` (ten seconds, in steps).
 ``TENSORRT_STAND_IN_PARSE``  ``crash`` at any of the operators that it stumbles over.
 ``TENSORRT_STAND_IN_LOST_AFTER``  so many executions, after which the device is lost.
@@ -209,6 +210,8 @@ def _error(
     code: ErrorCode, desc: str, func: str, node: int = -1, proto: Any = None, file: str = "onnxOpCheckers.cpp"
 ) -> Any:
     error = ParserError()
+    if os.environ.get("TENSORRT_STAND_IN_NAMELESS"):
+        node, proto, file = -1, None, ""
     error._code, error._desc, error._func, error._node, error._file = code, desc, func, node, file
     error._name, error._operator = (proto.name, proto.op_type) if proto is not None else ("", "")
     return error
@@ -370,7 +373,7 @@ class OnnxParser:
                 return False
         static = [error for index, node in enumerate(proto.graph.node) if (error := _static_error(proto, index, node))]
         for index, node in enumerate(proto.graph.node):
-            if static and index >= static[0].node():
+            if static and index >= max(static[0].node(), 0):
                 break
             if node.op_type in _told("STUMBLES"):
                 if _told("PARSE") == ["crash"]:

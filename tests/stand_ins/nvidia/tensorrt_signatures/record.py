@@ -1,4 +1,6 @@
-"""Record the signatures of TensorRT's Python bindings: ``record.py OUT.json``, with the bindings on the import path.
+"""Record signatures: ``record.py OUT.json`` of TensorRT's Python bindings, ``record.py OUT.json cuda`` of cuda-bindings.
+
+The packages must be on the import path.
 
 The bindings' wheels hold no stubs; pybind11 tells the signatures when the module is imported. Without TensorRT's
 libraries, shared objects of their names do: ``libnvinfer``, ``libnvinfer_plugin`` and ``libnvonnxparser`` that export the
@@ -24,6 +26,26 @@ ENUMS = (
     "ErrorCode", "DataType", "BuilderFlag", "NetworkDefinitionCreationFlag", "MemoryPoolType",
     "HardwareCompatibilityLevel", "TensorLocation", "TensorIOMode",
 )  # fmt: skip
+
+
+CUDA_FUNCTIONS = (
+    "cudaDriverGetVersion", "cudaRuntimeGetVersion", "cudaGetLastError", "cudaGetDeviceCount", "cudaSetDevice",
+    "cudaDeviceGetAttribute", "cudaGetDeviceProperties", "cudaMemGetInfo", "cudaMalloc", "cudaFree", "cudaMallocHost",
+    "cudaFreeHost", "cudaStreamCreateWithFlags", "cudaStreamSynchronize", "cudaStreamDestroy", "cudaMemcpyAsync",
+)  # fmt: skip
+CUDA_ENUMS = ("cudaError_t", "cudaMemcpyKind", "cudaDeviceAttr")
+
+
+def cuda(out: str) -> None:
+    """Write the parameters of the functions of the CUDA runtime that the engine calls, as their documentation has them."""
+    runtime = importlib.import_module("cuda.bindings.runtime")
+    functions = {}
+    for name in CUDA_FUNCTIONS:
+        line = (getattr(runtime, name).__doc__ or "").strip().splitlines()[0]
+        # Cython writes C types before names: ``cudaMalloc(size_t size)``.
+        functions[name] = ", ".join(parameter.split(" ")[-1] for parameter in _parameters(line))
+    found = {"functions": functions, "enums": {name: _values(getattr(runtime, name)) for name in CUDA_ENUMS}}
+    Path(out).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 def main(out: str) -> None:
@@ -71,4 +93,4 @@ def _parameters(line: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    (cuda if sys.argv[2:] == ["cuda"] else main)(sys.argv[1])
