@@ -57,7 +57,14 @@ def test_a_set_that_cannot_be_used_is_an_error_before_any_work(inputs: Any, word
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"method": "guess"}, {"percentile": 20.0}, {"activations": "int4"}, {"exclude": "Conv"}, {"operators": "Conv"}],
+    [
+        {"method": "guess"},
+        {"percentile": 20.0},
+        {"activations": "int4"},
+        {"symmetric": True},
+        {"exclude": "Conv"},
+        {"operators": "Conv"},
+    ],
 )
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionError):

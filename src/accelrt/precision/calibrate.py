@@ -39,6 +39,7 @@ class Calibration:
         exclude: Names of nodes, and operator types, that stay in float32.
         operators: Operator types to quantise; None for all that can be.
         activations: Type of what flows; weights are int8.
+        symmetric: Zero points are 0 and biases stay float32, as TensorRT wants it; with ``activations="int8"`` only.
     """
 
     inputs: Any
@@ -48,6 +49,7 @@ class Calibration:
     exclude: Collection[str] = ()
     operators: Collection[str] | None = None
     activations: Literal["uint8", "int8"] = "uint8"
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -56,6 +58,8 @@ class Calibration:
             raise OptionError(f"The percentile must be above 50 and at most 100, not {self.percentile!r}.")
         if self.activations not in ("uint8", "int8"):
             raise OptionError(f"activations must be uint8 or int8, not {self.activations!r}.")
+        if self.symmetric and self.activations != "int8":
+            raise OptionError("symmetric=True takes activations='int8': the zero point of uint8 is not 0.")
         for name in ("exclude", "operators"):
             if isinstance(getattr(self, name), str):
                 raise OptionError(f"{name} takes a collection of names, not one text.")
@@ -194,7 +198,16 @@ def _quantise(
         nodes_to_exclude=excluded,
         use_external_data_format=True,
         calibrate_method=methods[how.method],
-        extra_options={"CalibPercentile": how.percentile} if how.method == "percentile" else {},
+        extra_options=_extra_options(how),
+    )
+
+
+def _extra_options(how: Calibration) -> dict[str, object]:
+    extra: dict[str, object] = {"CalibPercentile": how.percentile} if how.method == "percentile" else {}
+    return (
+        {**extra, "ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
+        if how.symmetric
+        else extra
     )
 
 
