@@ -6,10 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from accelrt.backend import Backend, Device, Engine
-from accelrt_cuda import nvml
+from accelrt.backend import Backend, Device, DeviceTensor, Engine
+from accelrt_cuda import caller_tensors, nvml
 from accelrt_cuda.onnxruntime import OnnxRuntimeCudaEngine
 from accelrt_cuda.report import facts_of
+from accelrt_cuda.tensorrt import TensorRtEngine
+from accelrt_cuda.torch import TorchCudaEngine
 
 
 class CudaBackend(Backend):
@@ -19,12 +21,16 @@ class CudaBackend(Backend):
 
     def __init__(self) -> None:
         # In order of preference.
-        self.engines: tuple[Engine, ...] = (
-            OnnxRuntimeCudaEngine(),
-        )  # fmt: skip
+        self.engines: tuple[Engine, ...] = (TensorRtEngine(), OnnxRuntimeCudaEngine(), TorchCudaEngine())
 
     def devices(self) -> Sequence[Device]:
         return nvml.devices(backend=self.name)
+
+    def dlpack_device(self, device: Device) -> tuple[int, int] | None:
+        return caller_tensors.CUDA, device.index
+
+    def settle(self, tensors: Sequence[DeviceTensor]) -> None:
+        caller_tensors.settle(tensors)
 
     def occupants(self) -> Mapping[int, Sequence[str]]:
         found: dict[int, tuple[str, ...]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -50,6 +50,10 @@ class ResidentTensor:
         # onnxruntime says that truth values are whole numbers; others take its word for it.
         return _retyped(capsule, _DL_BOOL) if self.dtype == "bool" else capsule
 
+    def copied(self) -> np.ndarray[Any, Any]:
+        """Return a copy in the host's memory."""
+        return cast("np.ndarray[Any, Any]", self._value.numpy())
+
     def __dlpack_device__(self) -> tuple[int, int]:
         kind, index = self._value.__dlpack_device__()
         return int(kind), int(index)
@@ -81,6 +85,11 @@ class Resident(Executable):
         return self._compute(
             {name: self._from_anywhere(inputs[name], port) for name, port in self._ports.items()}, keep
         )
+
+    def to_host(self, tensor: DeviceTensor) -> np.ndarray[Any, Any]:
+        assert isinstance(tensor, ResidentTensor)  # the contract: one that `run_resident` returned
+        with _Failures(self._device):
+            return tensor.copied()
 
     def _from_host(self, value: Value, port: Port) -> Any:
         return self._feeder.to_ort(value, port.type)

@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 
 from accelrt.backend import DeviceTensor, Executable, Precision
@@ -95,6 +96,13 @@ class TorchExecutable(Executable):
         except RuntimeError as error:
             raise self._place.translated(error, self._work.bytes) from error
         return dict(zip(self._outputs, results, strict=True))
+
+    def to_host(self, tensor: DeviceTensor) -> np.ndarray[Any, Any]:
+        assert isinstance(tensor, torch.Tensor)  # the contract: one that `run_resident` returned
+        try:
+            return cast("np.ndarray[Any, Any]", tensor.detach().cpu().numpy())
+        except RuntimeError as error:
+            raise self._place.translated(error, 0) from error
 
     def _check_resident(self, values: Sequence[Any]) -> None:
         """Hold values against the signature, as the session does with inputs of its own, and check as `run` does."""

@@ -380,8 +380,8 @@ def _segment(data: Mapping[str, Any]) -> SegmentPlace:
         None if data["bytes_in"] is None else _size(data["bytes_in"]),
         None if data["bytes_out"] is None else _size(data["bytes_out"]),
         _seconds(data["seconds"]) if "seconds" in data else None,
-        *(_size(data[key]) if key in data else None for key in ("batch", "stage", "from_host", "to_host")),
-        _texts(data, "remark")[0] if "remark" in data else "",
+        remark=_texts(data, "remark")[0] if "remark" in data else "",
+        **{key: _size(data[key]) for key in ("batch", "stage", "from_host", "to_host") if key in data},
     )
 
 
