@@ -43,6 +43,8 @@ Situation = Literal[
 OLDEST_DRIVER: Mapping[int, str] = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 """The first Linux driver that runs every minor version of a CUDA: table 2 of NVIDIA's CUDA Compatibility guide."""
 
+DRIVER_LIBRARY = "libcuda.so.1"
+
 _CHECK_S = 120.0
 _DRIVER_REMEDY = "sudo ubuntu-drivers install --gpgpu (elsewhere: https://www.nvidia.com/drivers), then restart"
 _CONTAINER_REMEDY = "start the container with `docker run --gpus all` (NVIDIA Container Toolkit on the host)"
@@ -139,6 +141,13 @@ def libraries(names: Sequence[str], holder: str, remedy: str) -> Diagnosis | Non
         return broken(holder, str(error))
     if not absent:
         return None
+    if DRIVER_LIBRARY in absent:  # it comes with the driver, and containers are given parts of that
+        own = (
+            "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+            if _in_container()
+            else f"install the part of the driver that holds {DRIVER_LIBRARY} (Debian: libcuda1)"
+        )
+        remedy = own if absent == [DRIVER_LIBRARY] else f"{own}; and {remedy}"
     return Diagnosis("library missing", f"{holder} needs {', '.join(absent)}, which cannot be loaded", remedy)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -87,11 +88,12 @@ def compiled(
 
 
 def test_devices_are_those_that_nvidia_smi_lists() -> None:
+    if shutil.which("nvidia-smi") is None:
+        pytest.skip("there is no nvidia-smi")
     listed = subprocess.run(
         ["nvidia-smi", "--query-gpu=uuid,name", "--format=csv,noheader"], capture_output=True, text=True, check=False
     )
-    if listed.returncode:
-        pytest.skip("there is no nvidia-smi")
+    assert listed.returncode == 0, listed.stderr
     rows = [tuple(part.strip() for part in line.split(",")) for line in listed.stdout.splitlines()]
     assert [(gpu.uuid, gpu.name) for gpu in nvml.machine().gpus] == rows
 

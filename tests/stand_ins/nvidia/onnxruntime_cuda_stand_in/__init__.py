@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +57,14 @@ def get_available_providers() -> list[str]:
 
 def get_build_info() -> str:
     return "ORT Build Info: stand-in"
+
+
+def set_default_logger_severity(severity: int) -> None:
+    global _severity
+    _severity = severity
+
+
+_severity = 2
 
 
 def preload_dlls(cuda: bool = True, cudnn: bool = True, msvc: bool = True, directory: str | None = None) -> None:
@@ -199,6 +208,8 @@ class InferenceSession:
             else:
                 chosen[name] = options
         CALLS.append(("session", chosen))
+        if CUDA in chosen and _severity < 3:
+            print(f"[W:onnxruntime:Default] No registered plugin EP device found for '{CUDA}'", file=sys.stderr)
         try:
             self._make(path_or_bytes, sess_options or SessionOptions(), chosen)
         except (ValueError, RuntimeError):
