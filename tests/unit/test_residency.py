@@ -541,3 +541,21 @@ def test_sessions_of_the_cpu_have_no_traffic() -> None:
         session.predict(feeds())
         assert session.stats().traffic == ()
         assert session.stats().host_bytes == 0
+
+
+def test_sixteen_threads_lose_nothing_when_the_device_goes(fake: Callable[..., str]) -> None:
+    gone = threading.Event()
+    name = fake(gone=gone.is_set, latency_s=0.001)
+    with accelrt.load(cut(DIAMOND, name), fallback="allow") as session:
+
+        def call(number: int) -> Any:
+            if number == 100:
+                gone.set()
+            return session.predict(feeds(number))
+
+        with ThreadPoolExecutor(16) as pool:
+            for seed, found in enumerate(pool.map(call, range(300))):
+                same(found, diamond(**feeds(seed)))
+        stats = session.stats()
+    assert (stats.calls, stats.errors) == (300, 0)
+    assert all(engine.startswith("cpu") for engine in stats.engines)
