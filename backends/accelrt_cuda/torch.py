@@ -6,9 +6,11 @@ cannot be, torch's own kernels are recorded as they are. Exported programs and T
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -241,6 +243,11 @@ class TorchCudaEngine(Engine):
             raise OutOfDeviceMemory(f"torch: {error}", backend=self.name) from error
         except Exception as error:
             found = place.translated(error, sum(path.stat().st_size for path in program.files.values()))
+            if isinstance(found, OutOfDeviceMemory):
+                # What was loaded so far hangs on the frames of the error; others may want the memory.
+                traceback.clear_frames(error.__traceback__)
+                gc.collect()
+                place.trim()
             if found is not error:
                 raise found from error
             raise IncompatibleProgram(f"torch: {first_line(error)}", backend=self.name) from error

@@ -101,7 +101,7 @@ class Lane:
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """Compute one call, arrays in and arrays out."""
         with self._place.on(self._stream):
-            recorded = self._find(tuple([array.shape for array in arrays]))
+            recorded = self._find(tuple([array.shape for array in arrays]), arrays)
             if recorded is None:
                 tensors = [self._sent(index, array) for index, array in enumerate(arrays)]
                 return self._fetch(self._launch(tensors), self._work.outputs)
@@ -127,7 +127,7 @@ class Lane:
             pairs = zip(values, self._work.inputs, strict=True)
             values = [value if isinstance(value, np.ndarray) else self._adopted(value, dtype) for value, dtype in pairs]
             check(values)
-            recorded = self._find(tuple(tuple(value.shape) for value in values))
+            recorded = self._find(tuple(tuple(value.shape) for value in values), values)
             if recorded is None:
                 tensors = [
                     value if isinstance(value, torch.Tensor) else self._sent(i, value) for i, value in enumerate(values)
@@ -139,11 +139,7 @@ class Lane:
                     for result in self._launch(given)
                 ]
             else:
-                for upload, value in zip(recorded.uploads, values, strict=True):
-                    if isinstance(value, torch.Tensor):
-                        upload.tensor.copy_(value, non_blocking=True)
-                    else:
-                        upload.send(value)
+                _feed(recorded.uploads, values)
                 recorded.recording.replay()
                 # The next replay writes over what stays on the device.
                 results = [
@@ -170,6 +166,10 @@ class Lane:
             recorded.recording.forget()
         self._recorded.clear()
 
+    def give_back(self) -> None:
+        """Let others have the stream; no call follows."""
+        self._place.give_back(self._stream)
+
     def _adopted(self, value: Any, dtype: Any) -> Any:
         """Return a tensor of torch's in the same memory, if it is on this device and laid out as code expects."""
         tensor = value if isinstance(value, torch.Tensor) else torch.from_dlpack(value)
@@ -184,7 +184,7 @@ class Lane:
         pairs = zip(shapes, self._work.inputs, strict=True)
         return [torch.zeros(shape, dtype=dtype, device=self._place.device) for shape, dtype in pairs]
 
-    def _find(self, key: Key) -> _Recorded | None:
+    def _find(self, key: Key, values: Sequence[Any]) -> _Recorded | None:
         if not self._limit:
             return None
         self._calls += 1
@@ -192,7 +192,7 @@ class Lane:
         if found is None:
             if not self._worth_recording(key):
                 return None
-            found = self._record(key)
+            found = self._record(key, values)
             if found is None:
                 return None
         elif len(self._recorded) > 1:
@@ -212,15 +212,17 @@ class Lane:
         oldest = next(iter(self._recorded.values()), None)
         return len(self._recorded) < self._limit or (oldest is not None and self._calls - oldest.used >= IDLE_CALLS)
 
-    def _record(self, key: Key) -> _Recorded | None:
-        """Warm up and record; None, and no more attempts, if the work turns out not to be recordable."""
+    def _record(self, key: Key, values: Sequence[Any] = ()) -> _Recorded | None:
+        """Warm up, with values or else zeros, and record; None, and never again, if the work is not recordable."""
         place, work = self._place, self._work
         while len(self._recorded) >= self._limit:
             _, oldest = self._recorded.popitem(last=False)
             oldest.recording.forget()
         uploads = [Upload(place, shape, dtype) for shape, dtype in zip(key, work.inputs, strict=True)]
         for upload in uploads:
-            upload.tensor.zero_()
+            upload.tensor.zero_()  # places in any axis, so that no kernel reads outside
+        if values:
+            _feed(uploads, values)
         tensors = [upload.tensor for upload in uploads]
 
         def once() -> list[Any]:
@@ -277,6 +279,15 @@ class Lane:
         begun = [way.begin(result) for way, result in zip(ways, results, strict=True)]
         self._place.wait(self._stream)
         return [way.end(pinned) for way, pinned in zip(ways, begun, strict=True)]
+
+
+def _feed(uploads: Sequence[Upload], values: Sequence[Any]) -> None:
+    """Begin to copy arrays, or tensors on the device, to where a recording reads them."""
+    for upload, value in zip(uploads, values, strict=True):
+        if isinstance(value, torch.Tensor):
+            upload.tensor.copy_(value, non_blocking=True)
+        else:
+            upload.send(value)
 
 
 class Lanes:

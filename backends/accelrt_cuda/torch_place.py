@@ -17,6 +17,11 @@ from accelrt.errors import DeviceLost, OutOfDeviceMemory
 _RECORDING = threading.Lock()
 """CUDA allows one capture a process at a time where memory comes from torch's allocator."""
 
+_STREAMS: dict[Any, list[Any]] = {}
+"""Streams to be had, by device. torch keeps workspaces of cuBLAS, of 32 MiB, for each stream that was ever used: new
+streams for each program would add up."""
+_STREAMS_LOCK = threading.Lock()
+
 _FATAL = (
     "illegal memory access",
     "device-side assert",
@@ -64,8 +69,21 @@ class CudaPlace:
         self._torch = torch
 
     def stream(self) -> Any:
-        """Return a stream of its own."""
+        """Lend a stream that nobody else has; `give_back` it."""
+        with _STREAMS_LOCK:
+            if idle := _STREAMS.get(self.device):
+                return idle.pop()
         return self._torch.cuda.Stream(self.device)
+
+    def give_back(self, stream: Any) -> None:
+        """Take a stream back, for the next who wants one."""
+        with _STREAMS_LOCK:
+            _STREAMS.setdefault(self.device, []).append(stream)
+
+    def here(self) -> contextlib.AbstractContextManager[Any]:
+        """Make this the current device while the context lasts."""
+        context: contextlib.AbstractContextManager[Any] = self._torch.cuda.device(self.device)
+        return context
 
     def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         """Launch on a stream, on this device, while the context lasts."""
@@ -108,7 +126,7 @@ class CudaPlace:
 
     def trim(self) -> None:
         """Give memory that torch keeps for later back to the device."""
-        with _RECORDING, self._torch.cuda.device(self.device):  # it waits for the device, which a capture forbids
+        with _RECORDING, self.here():  # it waits for the device, which a capture forbids
             self._torch.cuda.empty_cache()
 
     def translated(self, error: BaseException, needed: int) -> BaseException:
@@ -143,6 +161,12 @@ class HostPlace:
 
     def stream(self) -> Any:
         return None
+
+    def give_back(self, stream: Any) -> None:
+        return None
+
+    def here(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
 
     def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()

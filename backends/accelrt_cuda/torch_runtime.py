@@ -65,6 +65,7 @@ class TorchExecutable(Executable):
                     lane.warm(shapes)
             except RuntimeError as error:
                 lane.close()
+                lane.give_back()
                 if not isinstance(place.translated(error, work.bytes), OutOfDeviceMemory):
                     raise
                 logger.warning("cuda/torch runs with %d streams: there is no memory for another.", len(lanes))
@@ -122,6 +123,7 @@ class TorchExecutable(Executable):
             return
         for lane in lanes.all:
             lane.close()
+            lane.give_back()
         # Modules of torch refer to themselves in circles; the memory of their weights is to be free now.
         self._work = replace(self._work, call=_closed, held=frozenset())
         del lanes, lane
@@ -373,7 +375,7 @@ def _executable(
     options: TorchCudaOptions,
     check: Callable[[Mapping[str, Value]], None],
 ) -> TorchExecutable:
-    with place.on(place.stream()):
+    with place.here():
         found = TorchExecutable(place, work, signature, options, check)
     if options.mode == "graph" and _static_shapes(signature) is not None and not found.recordings:
         found.close()

@@ -576,6 +576,30 @@ def test_segments(mode: str, precision: Precision, tmp_path: Path) -> None:
             assert error < {"fp32": 1e-5, "bf16": 3e-2, "fp16": 4e-3}[precision]
 
 
+def test_a_program_that_does_not_fit_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelrt_cuda import torch_runtime
+
+    engine, program = compiled(mlp(), tmp_path, mode="graph")
+    weights: list[Any] = []
+    to_device = torch_runtime.prepare
+
+    def prepared(*arguments: Any, **rest: Any) -> Any:
+        found = to_device(*arguments, **rest)
+        weights.extend(weakref.ref(buffer) for buffer in found.module.buffers())
+        return found
+
+    def full(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(torch_runtime, "prepare", prepared)
+    monkeypatch.setattr(torch_runtime, "TorchExecutable", full)
+    with pytest.raises(OutOfDeviceMemory, match="needs") as held:
+        engine.load(program, [DEVICE])
+    assert weights
+    assert all(weight() is None for weight in weights), "the error that the caller holds keeps weights on the device"
+    assert held.value.hint
+
+
 def test_places_outside_an_axis_are_refused_before_they_reach_the_device(tmp_path: Path) -> None:
     model = bert_base(layers=1, hidden=32, heads=2)
     feeds = {name: np.ones((1, 4), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
