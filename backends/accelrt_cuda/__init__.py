@@ -41,4 +41,5 @@ class CudaBackend(Backend):
         return found
 
     def report(self) -> Mapping[str, Any]:
-        return facts_of()
+        tensorrt = next(engine for engine in self.engines if isinstance(engine, TensorRtEngine))
+        return {**facts_of(), "tensorrt": tensorrt.report()}

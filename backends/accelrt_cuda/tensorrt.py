@@ -26,7 +26,7 @@ from accelrt.backend import (
     Status,
     Verdict,
 )
-from accelrt.errors import AccelrtError, CompileError, CoresUnavailable, IncompatibleProgram, IsolatedError
+from accelrt.errors import AccelrtError, CompileError, IncompatibleProgram, IsolatedError
 from accelrt.graph.node import Node
 from accelrt_cuda.tensorrt_api import MODULES
 from accelrt_cuda.tensorrt_errors import NAME
@@ -168,27 +168,11 @@ class TensorRtEngine(Engine):
         from accelrt_cuda.tensorrt_cuda import Gpu
         from accelrt_cuda.tensorrt_runtime import load
 
-        ordinal = ordinal_of(devices[0])
         try:
-            return load(program.files[PLAN], program.signature, Gpu(ordinal))
+            # A backend of CUDA devices numbers them as the CUDA runtime of this process does.
+            return load(program.files[PLAN], program.signature, Gpu(devices[0].index))
         except (ImportError, OSError) as error:
             raise IncompatibleProgram(f"TensorRT cannot be used here: {error}", hint=INSTALL, backend=NAME) from error
-
-
-def ordinal_of(device: Device) -> int:
-    """Return a device as the CUDA runtime numbers it: the property ``cuda_index`` where its backend knows better.
-
-    Raises:
-        CoresUnavailable: The CUDA runtime does not see it.
-    """
-    text = device.properties.get("cuda_index", str(device.index))
-    if not text.isdecimal():
-        raise CoresUnavailable(
-            f"The CUDA runtime does not see {device.name}: {text}.",
-            hint="CUDA_VISIBLE_DEVICES says which devices it sees.",
-            backend=NAME,
-        )
-    return int(text)
 
 
 def _is_installed() -> bool:

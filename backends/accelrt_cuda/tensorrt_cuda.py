@@ -50,7 +50,11 @@ class Gpu:
 
     def use(self) -> None:
         """Make it the device of the calling thread: CUDA keeps one for each."""
-        checked("cudaSetDevice", self.ordinal)
+        try:
+            checked("cudaSetDevice", self.ordinal)
+        except CudaFailure as error:
+            error.device = self.ordinal
+            raise
 
     def memory(self) -> tuple[int, int] | None:
         """Return free and total bytes, None if they cannot be had; the device must be in use."""

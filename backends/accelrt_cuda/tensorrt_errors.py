@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from accelrt.errors import AccelrtError, CompileError, DeviceLost, ExecutionError, OutOfDeviceMemory
+from accelrt.errors import AccelrtError, CompileError, CoresUnavailable, DeviceLost, ExecutionError, OutOfDeviceMemory
 
 NAME = "tensorrt"
 
@@ -37,7 +37,10 @@ _SHOWN = 600
 
 
 class CudaFailure(Exception):
-    """A CUDA call that failed: `code` is that of ``cudaError_t``; ``bytes`` what was asked for, if memory was."""
+    """A CUDA call that failed: ``code`` is that of ``cudaError_t``; ``bytes`` what was asked for, if memory was."""
+
+    device: int | None = None
+    """The device, if one was chosen."""
 
     def __init__(self, call: str, code: int, name: str, bytes: int | None = None) -> None:
         super().__init__(f"{call}: {name}")
@@ -50,6 +53,12 @@ def typed(failure: CudaFailure, doing: str, free: tuple[int, int] | None) -> Acc
         return lost(f"{doing} failed at {failure}")
     if failure.code == OUT_OF_MEMORY:
         return out_of_memory(doing, str(failure), failure.bytes, free)
+    if failure.call == "cudaSetDevice":
+        return CoresUnavailable(
+            f"{doing} failed: the CUDA runtime has no device {failure.device} ({failure}).",
+            hint="CUDA_VISIBLE_DEVICES says which devices it sees.",
+            backend=NAME,
+        )
     return ExecutionError(f"{doing} failed at {failure}.", backend=NAME)
 
 

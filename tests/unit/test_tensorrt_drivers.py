@@ -44,7 +44,7 @@ from accelrt.graph.weights import WeightFile
 from accelrt.options import from_json
 from accelrt.testing.models import Builder
 from accelrt_cuda import tensorrt_dlpack, tensorrt_errors
-from accelrt_cuda.tensorrt import PLAN, TensorRtEngine, ordinal_of
+from accelrt_cuda.tensorrt import PLAN, TensorRtEngine
 from accelrt_cuda.tensorrt_errors import CudaFailure
 from accelrt_cuda.tensorrt_options import TensorRtOptions, ranges
 
@@ -1248,11 +1248,10 @@ def test_a_plan_for_another_device_is_built_anew(registered: str, tmp_path: Path
         assert session.predict(drawn(session.signature))["y"].shape == (2, 32)
 
 
-def test_a_device_that_cuda_does_not_see_is_an_error() -> None:
-    assert ordinal_of(Device("cuda", 3, "x")) == 3
-    assert ordinal_of(Device("cuda", 3, "x", properties={"cuda_index": "1"})) == 1
-    with pytest.raises(CoresUnavailable, match="hidden"):
-        ordinal_of(Device("cuda", 3, "x", properties={"cuda_index": "hidden"}))
+def test_a_device_that_cuda_does_not_see_is_an_error(engine: TensorRtEngine, tmp_path: Path) -> None:
+    program = build(engine, matmul(), tmp_path)
+    with pytest.raises(CoresUnavailable, match="no device 3"):
+        engine.load(program, [replace(DEVICE, index=3)])
 
 
 # Errors of CUDA and of the log
