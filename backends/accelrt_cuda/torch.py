@@ -10,7 +10,6 @@ import gc
 import json
 import logging
 import os
-import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -244,8 +243,8 @@ class TorchCudaEngine(Engine):
         except Exception as error:
             found = place.translated(error, sum(path.stat().st_size for path in program.files.values()))
             if isinstance(found, OutOfDeviceMemory):
-                # What was loaded so far hangs on the frames of the error; others may want the memory.
-                traceback.clear_frames(error.__traceback__)
+                # What was loaded so far hangs on the frames that the error came through; others may want the memory.
+                error.__traceback__ = None
                 gc.collect()
                 place.trim()
             if found is not error:
