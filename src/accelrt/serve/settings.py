@@ -145,7 +145,7 @@ def read_api_keys(file: Path | None, environment: Mapping[str, str] = os.environ
     """Return the API keys of a file, one a line, and of the environment; lines that begin with ``#`` are comments.
 
     Raises:
-        OptionError: The file cannot be read, is open to other users, or holds no key; or a key is too short to be safe.
+        OptionError: The file cannot be read, may be written by other users, or holds no key; or a key is too short.
     """
     keys = list(environment.get(KEYS_VARIABLE, "").replace(",", " ").split())
     if file is not None:
@@ -163,8 +163,9 @@ def _keys_of(file: Path) -> Iterable[str]:
         mode, text = file.stat().st_mode, file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"The file of API keys {file} cannot be read: {error}.") from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise OptionError(f"The file of API keys {file} is open to other users.", hint=f"chmod 600 {file}")
+    # Only writing: secrets that a cluster mounts may be read by every user of their own container.
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OptionError(f"The file of API keys {file} may be written by other users.", hint=f"chmod 600 {file}")
     keys = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if not keys:
         raise OptionError(f"The file of API keys {file} holds no key.")

@@ -250,13 +250,13 @@ def _is_little(dtype: np.dtype[Any]) -> bool:
     return dtype.byteorder in "<|" or (dtype.byteorder == "=" and sys.byteorder == "little")
 
 
-def from_json(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw | bytes) -> Array:
+def from_json(name: str, datatype: str, shape: Sequence[int] | None, data: msgspec.Raw | bytes) -> Array:
     """Return the array that JSON says, flat or nested as the shape is.
 
     Args:
         name: The tensor's, for messages.
         datatype: As the client sent it.
-        shape: As the client sent it.
+        shape: As the client sent it; None for that of the nested data itself.
         data: The text of the JSON value, which is not parsed yet.
 
     Returns:
@@ -266,21 +266,18 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw 
         RequestError: The elements are too few or too many, not of the datatype or not in its range, or nested otherwise
             than the shape; or the datatype has no form in JSON.
     """
-    dtype = dtype_of(datatype)
+    dtype_of(datatype)
     if datatype in BINARY_ONLY:
         raise RequestError(
             f"Tensor {shown(name)} is {datatype}, which has no form in JSON.",
             hint="Send it as binary data, see the extension binary_tensor_data.",
         )
-    count = element_count(name, shape)
     text = bytes(data).lstrip()
+    if shape is None:
+        return _finished(name, datatype, _array_of(name, datatype, _depth(text), text))
+    count = element_count(name, shape)
     nested = text[1:].lstrip().startswith(b"[")
-    items = _elements(name, datatype, len(shape) if nested else min(text[:1] == b"[", 1), text)
-    try:
-        with np.errstate(over="ignore"):  # looked for below
-            array = np.array(items, dtype)
-    except (OverflowError, ValueError, TypeError) as error:
-        raise RequestError(f"Tensor {shown(name)}: {_plain(error, datatype)}") from None
+    array, items = _array_of(name, datatype, len(shape) if nested else min(text[:1] == b"[", 1), text)
     if nested:
         # Where a size is zero, nothing says how the lists would go on within.
         open_ended = not count and not array.size and array.shape == tuple(shape)[: array.ndim]
@@ -292,11 +289,46 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw 
         raise RequestError(
             f"Tensor {shown(name)} has the shape {shown(list(shape))}, {count} elements; {array.size} came."
         )
-    if dtype.kind == "f":
+    return _finished(name, datatype, (array, items)).reshape(shape)
+
+
+def _array_of(name: str, datatype: str, depth: int, text: bytes) -> tuple[Array, Any]:
+    """Return an array and the Python lists that it was made of."""
+    if depth > MAX_RANK:
+        raise RequestError(f"Tensor {shown(name)} is nested {depth} deep; at most {MAX_RANK} are taken.")
+    items = _elements(name, datatype, depth, text)
+    try:
+        with np.errstate(over="ignore"):  # looked for later
+            return np.array(items, dtype_of(datatype)), items
+    except (OverflowError, ValueError, TypeError) as error:
+        raise RequestError(f"Tensor {shown(name)}: {_plain(error, datatype)}") from None
+
+
+def _finished(name: str, datatype: str, made: tuple[Array, Any]) -> Array:
+    array, items = made
+    if array.dtype.kind == "f":
         _refuse_overflow(name, datatype, array, items)
-    elif dtype.kind == "O":
-        return _objects([item.encode() for item in array.reshape(-1).tolist()], shape)
-    return array.reshape(shape)
+    elif array.dtype.kind == "O":
+        return _texts_of(name, array)
+    return array
+
+
+def _texts_of(name: str, array: Array) -> Array:
+    items = array.reshape(-1).tolist()
+    if any(not isinstance(item, str) for item in items):
+        raise RequestError(f"Tensor {shown(name)}: its lists are ragged.")
+    return _objects([item.encode() for item in items], array.shape)
+
+
+def _depth(text: bytes) -> int:
+    """Count the brackets that JSON begins with."""
+    depth = 0
+    for byte in text:
+        if byte == ord("["):
+            depth += 1
+        elif byte not in b" \t\r\n":
+            break
+    return depth
 
 
 def _elements(name: str, datatype: str, depth: int, text: bytes) -> Any:
