@@ -133,6 +133,12 @@ class ServerSettings:
             )
 
 
+def sagemaker_port(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the port that SageMaker wants a container to listen at: 8080, or what it says in the environment."""
+    given = environment.get("SAGEMAKER_BIND_TO_PORT", "")
+    return int(given) if given.isdecimal() else SAGEMAKER_PORT
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether an address is reached from this machine only; a name counts if it is ``localhost``."""
     try:

@@ -149,7 +149,7 @@ _PROTOCOL = msgspec.json.Decoder(_OfProtocol)
 
 def _is_protocol(kind: str, body: bytes) -> bool:
     """Tell whether JSON is a request of the Open Inference Protocol, whose inputs have datatypes."""
-    if kind.partition(";")[0].strip().lower() not in ("application/json", "") or b'"datatype"' not in body:
+    if kind.partition(";")[0].strip().lower() not in loose.JSON_KINDS or b'"datatype"' not in body:
         return False
     try:
         return bool(_PROTOCOL.decode(body).inputs)

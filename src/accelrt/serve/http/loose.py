@@ -23,6 +23,9 @@ from accelrt.serve.tensors import BINARY_ONLY, datatype_of, dtype_of, from_json,
 Array: TypeAlias = np.ndarray[Any, Any]
 
 CSV, NPY = "text/csv", "application/x-npy"
+JSON_KINDS = frozenset({"", "application/json", "application/x-www-form-urlencoded"})
+"""Content types that are read as JSON: also none, and what ``curl -d`` says if it is not told."""
+
 _MAGIC = b"\x93NUMPY"
 _LONGEST_NPY_HEADER = 4096
 
@@ -304,6 +307,6 @@ def body_inputs(
         return inputs_of_csv(bytes(body), ports)
     if kind == NPY or (kind == "application/octet-stream" and bytes(body[:6]) == _MAGIC):
         return inputs_of_npy(body, ports)
-    if kind in ("", "application/json", "application/x-www-form-urlencoded"):  # the last is what curl -d says
+    if kind in JSON_KINDS:
         return inputs_of_json(parse(bytes(body), limits), ports)
     raise HttpError(415, f"The content type {kind[:60]!r} is not read here: application/json, {CSV}, {NPY}.")

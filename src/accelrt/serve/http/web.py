@@ -45,5 +45,3 @@ async def whole_body(request: Request, limits: Limits) -> bytes:
         if len(body) > limits.body_bytes:
             raise RequestTooLarge(f"The body is larger than {limits.body_bytes} bytes.")
     return bytes(body)
-
-

@@ -1,0 +1,196 @@
+"""A whole server: the models, a front end for each protocol, and an end that loses no request."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from accelrt.errors import ServingError
+from accelrt.serve.interface import Service
+from accelrt.serve.settings import ServerSettings
+
+logger = logging.getLogger("accelrt.serve")
+
+EXTRA_HINT = "Install it with: pip install 'accelrt[serve]'"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class RunningService(Service, Protocol):
+    """A service as this module starts and ends it."""
+
+    async def start(self) -> None:
+        """Load what is to be loaded at the start."""
+        ...
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing more, and answer what is there, for ``timeout_s`` seconds at most."""
+        ...
+
+    async def close(self) -> None:
+        """Unload everything."""
+        ...
+
+
+class FrontEnd(Protocol):
+    """A front end that listens."""
+
+    @property
+    def port(self) -> int:
+        """Where."""
+        ...
+
+    async def stop(self, grace_s: float) -> None:
+        """Accept nothing more, answer what is under way for ``grace_s`` seconds at most, and close."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A front end that may be there: a module with ``async start(service, settings)``."""
+
+    name: str
+    module: str
+    setting: str
+    needs: frozenset[str]
+
+
+# Each is imported only if it is asked for. HTTP is first: it says whether the server lives while models are loaded.
+_KINDS = (
+    _Kind("http", "accelrt.serve.http.server", "http_port", frozenset({"fastapi", "httptools", "msgspec", "orjson"})),
+    _Kind("grpc", "accelrt.serve.grpc.server", "grpc_port", frozenset({"grpc", "google"})),
+    _Kind("metrics", "accelrt.serve.metrics", "metrics_port", frozenset({"prometheus_client"})),
+)
+
+Announce = Callable[[Mapping[str, int]], None]
+
+
+def serve(
+    settings: ServerSettings, announce: Announce, make_service: Callable[[ServerSettings], RunningService] | None = None
+) -> None:
+    """Serve until SIGTERM or SIGINT; the first lets what is under way be answered, a second one ends the process.
+
+    Args:
+        settings: What to serve, and how.
+        announce: Called when all models are ready, with the ports by front end.
+        make_service: Makes the service, by default the one over a model repository.
+
+    Raises:
+        AccelrtError: The server cannot start.
+    """
+    make_loop = _loop_factory()
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        runner.run(_serve(settings, announce, make_service or _model_service))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return None  # asyncio's own loop does, at a lower rate
+    return cast("Callable[[], asyncio.AbstractEventLoop]", uvloop.new_event_loop)
+
+
+def _model_service(settings: ServerSettings) -> RunningService:
+    module = importlib.import_module("accelrt.serve.models.service")
+    return cast("RunningService", module.ModelService(settings))
+
+
+async def _serve(
+    settings: ServerSettings, announce: Announce, make_service: Callable[[ServerSettings], RunningService]
+) -> None:
+    stopped = _watch_signals()
+    service = make_service(settings)
+    front_ends: dict[str, FrontEnd] = {}
+    try:
+        # Before the models are loaded, so that an orchestrator sees a server that lives and is not ready.
+        for kind in _KINDS:
+            if getattr(settings, kind.setting) is not None:
+                front_end = await _start(kind, service, settings)
+                if front_end is not None:
+                    front_ends[kind.name] = front_end
+        if not front_ends:
+            raise ServingError("The server has no front end: none was asked for, or none could be imported.")
+        if await _first_of(service.start(), stopped):
+            # What is there by now stays: no collection has to look at it again.
+            gc.collect()
+            gc.freeze()
+            announce({name: front_end.port for name, front_end in front_ends.items()})
+            await stopped.wait()
+            logger.info("stopping", extra={"grace_s": settings.drain_s})
+    finally:
+        await _end(service, front_ends, settings.drain_s)
+    logger.info("stopped")
+
+
+def _watch_signals() -> asyncio.Event:
+    stopped = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if not stopped.is_set():
+            stopped.set()
+            return
+        logger.warning("ended by a second signal; requests under way are lost")
+        logging.shutdown()
+        os._exit(128 + number)  # threads may be in the middle of a model, and would be waited for
+
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal, number)
+    return stopped
+
+
+async def _start(kind: _Kind, service: Service, settings: ServerSettings) -> FrontEnd | None:
+    """Start a front end, or say why it is not there."""
+    try:
+        module = importlib.import_module(kind.module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in kind.needs and error.name != kind.module and not kind.module.startswith(f"{error.name}."):
+            raise
+        if kind.name == "http":
+            raise ServingError(
+                f"The HTTP front end needs {error.name}, which is not installed.", hint=EXTRA_HINT
+            ) from None
+        hint = EXTRA_HINT if missing in kind.needs else "It is not part of this installation."
+        logger.warning("no %s front end: %s is not there. %s", kind.name, error.name, hint)
+        return None
+    return cast("FrontEnd", await module.start(service, settings))
+
+
+async def _first_of(starting: Any, stopped: asyncio.Event) -> bool:
+    """Wait for the models, and return True; or give them up when the server is to stop, and return False."""
+    start, stop = asyncio.ensure_future(starting), asyncio.ensure_future(stopped.wait())
+    try:
+        await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not start.done():
+            return False
+        await start  # raises what it raised
+        return True
+    finally:
+        for task in (start, stop):
+            task.cancel()
+        await asyncio.gather(start, stop, return_exceptions=True)
+
+
+async def _end(service: RunningService, front_ends: Mapping[str, FrontEnd], grace_s: float) -> None:
+    """Stop accepting, have everything answered, and unload; whatever fails, the rest is ended too."""
+    deadline = time.monotonic() + grace_s
+    steps = [front_end.stop(grace_s) for name, front_end in front_ends.items() if name != "metrics"]
+    problems = await asyncio.gather(*steps, return_exceptions=True)
+    for step in (
+        lambda: service.drain(max(0.0, deadline - time.monotonic())),
+        service.close,
+        *(lambda f=front_end: f.stop(0.0) for name, front_end in front_ends.items() if name == "metrics"),
+    ):
+        problems += await asyncio.gather(step(), return_exceptions=True)
+    for problem in problems:
+        if isinstance(problem, BaseException):
+            logger.error("could not end in order: %s", problem, exc_info=problem)
