@@ -34,9 +34,6 @@ class SlowlyLoaded(SmallService):
             raise ModelUnavailable("Model 'slow' cannot be loaded: it is empty.")
         self.hidden.clear()
 
-    async def drain(self, timeout_s: float) -> None:
-        print(f"drain {timeout_s > 0}", flush=True)
-
     async def close(self) -> None:
         super().close()
         print("closed", flush=True)
