@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelrt.errors import ModelUnavailable
+from accelrt.serve.interface import IndexEntry
 from accelrt.serve.logs import logging_to_stderr
 from accelrt.serve.run import serve
 from accelrt.serve.settings import ServerSettings
@@ -28,11 +29,15 @@ class SlowlyLoaded(SmallService):
         self._load_s, self._fails = load_s, fails
         self.hidden = set(self.models)
 
+    def index(self, *, ready: bool = False) -> Sequence[IndexEntry]:
+        if self._fails:
+            return [IndexEntry("slow", "1", "UNAVAILABLE", "It is empty.")]
+        return super().index(ready=ready)
+
     async def start(self) -> None:
         await asyncio.sleep(self._load_s)
-        if self._fails:
-            raise ModelUnavailable("Model 'slow' cannot be loaded: it is empty.")
-        self.hidden.clear()
+        if not self._fails:
+            self.hidden.clear()
 
     async def close(self) -> None:
         super().close()

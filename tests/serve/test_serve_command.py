@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -140,10 +141,17 @@ def test_it_can_be_ended_while_it_loads() -> None:
         assert code == 0 and "ports" not in out and "closed" in out
 
 
-def test_a_model_that_cannot_be_loaded_ends_it() -> None:
-    with small(fails=True) as made:
+def test_a_model_that_cannot_be_loaded_ends_it_if_asked() -> None:
+    with small(fails=True, exit_on_error=True) as made:
         out, err = made.communicate(timeout=60)
-        assert made.returncode == 1 and "cannot be loaded" in err and "closed" in out
+        assert made.returncode == 1 and "could not be loaded: slow" in err and out == "closed\n"
+    with small(fails=True) as made:
+        port = ports_of(made)["http"]
+        assert ask(port, b"GET /v2/health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n").status == 400
+        made.terminate()
+        code, _, logs = end(made)
+    assert code == 0
+    assert [(line["model"], line["reason"]) for line in logs if line["level"] == "error"] == [("slow", "It is empty.")]
 
 
 def test_wrong_usage_of_the_command(tmp_path: Path) -> None:
@@ -168,7 +176,15 @@ def test_the_command_serves_a_model(tmp_path: Path) -> None:
     from accelrt.data import digits_model
 
     with process(
-        "accelrt", "serve", str(digits_model()), "--http-port", "0", "--grpc-port", "-1", "--metrics-port", "-1"
+        "accelrt",
+        "serve",
+        str(shutil.copy(digits_model(), tmp_path / "some.onnx")),
+        "--http-port",
+        "0",
+        "--grpc-port",
+        "-1",
+        "--metrics-port",
+        "-1",
     ) as made:
         assert made.stdout is not None
         line = made.stdout.readline().strip()

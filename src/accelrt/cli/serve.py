@@ -77,6 +77,9 @@ def serve(
     drain: Annotated[
         float, typer.Option("--exit-timeout-secs", help="How long requests may take after SIGTERM.", min=0.0)
     ] = 30.0,
+    exit_on_error: Annotated[
+        bool, typer.Option("--exit-on-error", help="End if a model cannot be loaded at the start.")
+    ] = False,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log a line for each request.")] = False,
     log_format: Annotated[str, typer.Option("--log-format", help="json or text.")] = "json",
     sagemaker: Annotated[
@@ -87,7 +90,7 @@ def serve(
 ) -> None:
     """Serve models over the Open Inference Protocol V2, as clients of Triton and KServe speak it.
 
-    Prints a line for each front end when all models are ready. SIGTERM and Ctrl-C let what is under way be answered
+    Prints a line for each front end when models are loaded. SIGTERM and Ctrl-C let what is under way be answered
     before the server ends; a second one ends it at once. Without an API key it listens to this machine only.
     """
     from accelrt.serve.logs import logging_to_stderr
@@ -133,6 +136,7 @@ def serve(
         insecure=insecure or sagemaker,
         tls=TlsFiles(tls_certificate, tls_key, tls_client_ca) if tls_certificate and tls_key else None,
         limits=Limits(body_bytes=max_body * 2**20, connections=max_connections, request_s=request_timeout),
+        exit_on_error=exit_on_error,
         drain_s=drain,
         log_requests=log_requests,
         sagemaker=sagemaker,

@@ -141,6 +141,7 @@ async def _serve(
         if not front_ends:
             raise ServingError("The server has no front end: none was asked for, or none could be imported.")
         if await _first_of(service.start(), stopped):
+            _report_failures(service, settings)
             # What is there by now stays: no collection has to look at it again.
             gc.collect()
             gc.freeze()
@@ -150,6 +151,21 @@ async def _serve(
     finally:
         await _end(service, front_ends, settings.drain_s)
     logger.info("stopped")
+
+
+def _report_failures(service: Service, settings: ServerSettings) -> None:
+    """Log the models that could not be loaded.
+
+    Raises:
+        ServingError: There are some, and the settings say that the server ends then.
+    """
+    failed = [entry for entry in service.index() if entry.state == "UNAVAILABLE" and entry.reason]
+    for entry in failed:
+        extra = {"model": entry.name, "version": entry.version, "reason": entry.reason}
+        logger.error("a model could not be loaded", extra=extra)
+    if failed and settings.exit_on_error:
+        names = ", ".join(dict.fromkeys(entry.name for entry in failed))
+        raise ServingError(f"Models could not be loaded: {names}. The first says: {failed[0].reason}")
 
 
 def _watch_signals() -> asyncio.Event:

@@ -94,6 +94,7 @@ class ServerSettings:
         insecure: Listen beyond this machine although there is no key.
         tls: Certificate and key; None for plain text.
         limits: What is taken of a client.
+        exit_on_error: End if a model cannot be loaded at the start; else the server goes on and is not ready.
         drain_s: How long requests under way may take after the server was asked to stop.
         log_requests: Log a line for each request.
         sagemaker: Speak SageMaker's container contract as well.
@@ -116,6 +117,7 @@ class ServerSettings:
     insecure: bool = False
     tls: TlsFiles | None = None
     limits: Limits = field(default_factory=Limits)
+    exit_on_error: bool = False
     drain_s: float = 30.0
     log_requests: bool = False
     sagemaker: bool = False
