@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import http.client
 import json
@@ -591,6 +592,9 @@ def test_pipelined_requests_are_answered_in_order(plain: Running) -> None:
                 assert answer.json["outputs"][0]["data"] == [1.0, float(i)]
         raw.send(post(INFER, JSON_BODY))
         assert raw.answer().status == 200
+        large = JSON_BODY + b" " * 300_000
+        raw.send(post("/v2/models/slow/infer", JSON_BODY) + post(INFER, large) * 4)
+        assert [raw.answer().status for _ in range(5)] == [200] * 5
 
 
 def test_requests_in_pieces(plain: Running) -> None:
@@ -912,6 +916,39 @@ def test_depth_of_json() -> None:
     for text in (b"[" * 5, b'{"a":' * 5, b'["]]]]]",[[[["]]]]"]]]]'):
         with pytest.raises(AccelrtError, match="nested"):
             bodies.guard_depth(text, 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b'"' + b'\\"' * 2_000_000, b'"' * 2_000_001, b'["a",' * 500_000, b"NaN," * 500_000 + b'"' + b"\\" * 999_999],
+    ids=len,
+)
+def test_hostile_text_takes_no_time(text: bytes) -> None:
+    start = time.process_time()
+    with contextlib.suppress(AccelrtError):
+        bodies.guard_depth(b"[" * 65 + text, 64)
+    bodies.quote_not_finite(text + b"NaN")
+    assert time.process_time() - start < 5  # seconds where a second look at each quote would take hours
+
+
+def test_gzip_of_many_pieces_is_refused() -> None:
+    with pytest.raises(AccelrtError, match="pieces"):
+        bodies.decompressed(gzip.compress(b"") * 10_000, "gzip", 1000)
+
+
+def test_bare_words_are_quoted_outside_text_only() -> None:
+    assert bodies.quote_not_finite(b'{"NaN":[NaN,-Infinity,"a\\"NaN"]}') == b'{"NaN":["NaN","-Infinity","a\\"NaN"]}'
+    assert bodies.quote_not_finite(b"[1]") is None
+
+
+def test_too_much_text(service: SmallService) -> None:
+    with running(service, limits=Limits(json_bytes=500), sagemaker=True, default_model="fp32") as server:
+        large = JSON_BODY + b" " * 500
+        assert ask(server.port, post(INFER, large)).status == 413
+        assert ask(server.port, post("/invocations", b"[[1]]" + b" " * 500)).status == 413
+        length = f"Inference-Header-Content-Length: {len(large)}"
+        assert ask(server.port, post(INFER, large, length)).status == 413
+        assert ask(server.port, post(INFER, JSON_BODY)).status == 200
 
 
 @given(st.binary(max_size=200), st.sampled_from(["gzip", "deflate"]))

@@ -36,6 +36,7 @@ class Limits:
 
     Attributes:
         body_bytes: Of a request's body, after decompression too.
+        json_bytes: Of JSON or CSV in a body: numbers in text take many times their size when they are read.
         header_bytes: Of a request line and headers together.
         headers: How many headers.
         json_depth: Lists and objects within each other.
@@ -49,6 +50,7 @@ class Limits:
     """
 
     body_bytes: int = 256 * 2**20
+    json_bytes: int = 64 * 2**20
     header_bytes: int = 32 * 2**10
     headers: int = 100
     json_depth: int = 64

@@ -9,10 +9,16 @@ import numpy as np
 
 from accelrt.errors import RequestError, RequestTooLarge
 
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# A string without an end goes to the end of the text, and nothing is tried twice: so both patterns take linear time and
+# no memory, whatever the text is.
+_A_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)'
+_STRING = re.compile(_A_STRING, re.DOTALL)
 _ALL_BUT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
-_BARE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|-?\bInfinity\b|\bNaN\b', re.DOTALL)
+_BARE = re.compile(_A_STRING + rb"|-?\bInfinity\b|\bNaN\b", re.DOTALL)
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+
+MOST_MEMBERS = 16
+"""Pieces of gzip one after another in a body: each of them costs a copy of what follows it."""
 
 SMALLEST_COMPRESSED = 1024
 """Bytes of a reply below which compression would save no packet."""
@@ -38,9 +44,12 @@ def decompressed(body: bytes | bytearray | memoryview, encoding: str, limit: int
     window = _GZIP_OR_ZLIB
     if encoding == "deflate" and not _is_zlib(body):
         window = -zlib.MAX_WBITS  # deflate without zlib's frame, as some clients understand the word
-    parts, size, rest = [], 0, bytes(body)
+    parts: list[bytes] = []
+    size, rest = 0, bytes(body)
     try:
         while rest:
+            if len(parts) == MOST_MEMBERS:
+                raise RequestError(f"The body has more than {MOST_MEMBERS} pieces of {encoding}.")
             stream = zlib.decompressobj(window)
             part = stream.decompress(rest, limit + 1 - size)
             size += len(part)

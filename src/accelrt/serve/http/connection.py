@@ -26,6 +26,9 @@ from accelrt.serve.settings import Limits
 MOST_PIPELINED = 16
 """Requests that wait behind one of the same connection before it is no longer read."""
 
+LARGE_PIPELINED = 64 * 2**10
+"""Bytes of a body behind which a connection is no longer read until it was answered."""
+
 LINGER_S = 2.0
 """How long what a refused client still sends is thrown away, so that it gets to read why."""
 
@@ -106,7 +109,7 @@ class Connection(asyncio.Protocol):
         self._head_bytes = self._header_count = 0
         self._length: int | None = None
         self._body: bytes | memoryview = b""
-        self._chunks: list[bytes] = []
+        self._gathered = bytearray()
         self._received = 0
         self._upgrading = 0
 
@@ -221,7 +224,7 @@ class Connection(asyncio.Protocol):
             if received > self._limits.body_bytes:
                 self._refuse_body()
                 raise _RefusedError
-            self._chunks.append(body)
+            self._gathered += body
         elif received == length and not self._received:
             self._body = body
         else:
@@ -236,9 +239,9 @@ class Connection(asyncio.Protocol):
         self._complete(self._parser.should_keep_alive())
 
     def _complete(self, keep_alive: bool) -> None:
-        if self._chunks:
-            self._body = b"".join(self._chunks)
-            self._chunks = []
+        if self._gathered:
+            self._body = memoryview(self._gathered).toreadonly()
+            self._gathered = bytearray()
         request = Incoming(
             self._parser.get_method(),
             self._target,
@@ -254,7 +257,9 @@ class Connection(asyncio.Protocol):
             self._run(request)
             return
         self._waiting.append(request)
-        if len(self._waiting) >= MOST_PIPELINED and not self._read_paused:
+        # What waits is held in memory, so behind a large request nothing more is read.
+        full = len(self._waiting) >= MOST_PIPELINED or len(request.body) > LARGE_PIPELINED
+        if full and not self._read_paused:
             self._read_paused = True
             self._transport.pause_reading()
 
@@ -343,7 +348,7 @@ class Connection(asyncio.Protocol):
                 self._send(None, item)
             else:
                 self._run(item)
-        if self._read_paused and len(self._waiting) < MOST_PIPELINED // 2 and not self._transport.is_closing():
+        if self._read_paused and not self._waiting and not self._transport.is_closing():
             self._read_paused = False
             self._transport.resume_reading()
 
@@ -397,7 +402,7 @@ class Connection(asyncio.Protocol):
         """Send a reply after those that are due before it, read nothing more, and close."""
         reply.close = True
         self._reading, self._since = _DEAF, time.monotonic()
-        self._chunks, self._body = [], b""
+        self._gathered, self._body = bytearray(), b""
         if self.busy:
             self._waiting.append(reply)
         else:

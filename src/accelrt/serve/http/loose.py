@@ -304,6 +304,8 @@ def body_inputs(
     if len(body) > limits.body_bytes:
         raise RequestTooLarge(f"The body is larger than {limits.body_bytes} bytes.")
     kind = kind.partition(";")[0].strip().lower()
+    if kind in JSON_KINDS | {CSV} and len(body) > limits.json_bytes:
+        raise RequestTooLarge(f"The body has more than {limits.json_bytes} bytes of text.", hint=f"Send {NPY}.")
     if kind == CSV:
         return inputs_of_csv(bytes(body), ports)
     if kind == NPY or (kind == "application/octet-stream" and bytes(body[:6]) == _MAGIC):

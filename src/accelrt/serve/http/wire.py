@@ -99,6 +99,10 @@ def read_request(
         raise RequestError(
             f"Inference-Header-Content-Length says {json_length} bytes of JSON; the body has {len(body)}."
         )
+    if (len(body) if json_length is None else json_length) > limits.json_bytes:
+        raise RequestTooLarge(
+            f"The JSON has more than {limits.json_bytes} bytes.", hint="Send large tensors as binary data."
+        )
     text = bytes(body if json_length is None else body[:json_length])
     asked = _parse(text, limits)
     if len(asked.inputs) > limits.tensors or (asked.outputs is not None and len(asked.outputs) > limits.tensors):
