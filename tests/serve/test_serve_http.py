@@ -918,6 +918,36 @@ def test_depth_of_json() -> None:
             bodies.guard_depth(text, 4)
 
 
+NESTED = st.recursive(
+    st.integers() | st.text(alphabet='[]{}"\\\\a', max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet='[]{}"\\\\', max_size=3), inner, max_size=3)
+    ),
+)
+
+
+def _depth(value: Any) -> int:
+    if not isinstance(value, list | dict):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
+
+
+@given(NESTED, st.integers(0, 6))
+def test_depth_is_that_of_the_value(value: Any, limit: int) -> None:
+    text = json.dumps(value).encode()
+    if _depth(value) <= limit:
+        bodies.guard_depth(text, limit)
+    else:
+        with pytest.raises(AccelrtError):
+            bodies.guard_depth(text, limit)
+
+
+@given(NESTED)
+def test_good_json_is_the_same_with_words_quoted(value: Any) -> None:
+    quoted = bodies.quote_not_finite(json.dumps([value, "NaN"]).encode())
+    assert quoted is not None and json.loads(quoted) == [value, "NaN"]
+
+
 @pytest.mark.parametrize(
     "text",
     [b'"' + b'\\"' * 2_000_000, b'"' * 2_000_001, b'["a",' * 500_000, b"NaN," * 500_000 + b'"' + b"\\" * 999_999],
