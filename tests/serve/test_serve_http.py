@@ -478,6 +478,17 @@ def test_bodies_beyond_the_limit(service: SmallService) -> None:
         assert ask(server.port, post(INFER, b"x", "Content-Encoding: br")).status == 400
 
 
+def test_bodies_of_all_together(service: SmallService) -> None:
+    limits = Limits(receiving_bytes=300_000)
+    with running(service, limits=limits) as server, Raw(server.port) as small, Raw(server.port) as large:
+        small.send(post(INFER, JSON_BODY[:10], length=len(JSON_BODY)))
+        large.send(post(INFER, bytes(400_000), length=500_000))
+        answer = large.answer()
+        assert answer.status == 503 and answer.headers["retry-after"] and large.ends()
+        small.send(JSON_BODY[10:])
+        assert small.answer().status == 200
+
+
 def test_headers_beyond_the_limit(service: SmallService) -> None:
     with running(service, limits=Limits(header_bytes=2000, headers=20)) as server:
         for head in (

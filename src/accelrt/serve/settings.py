@@ -36,6 +36,7 @@ class Limits:
 
     Attributes:
         body_bytes: Of a request's body, after decompression too.
+        receiving_bytes: Of bodies that are coming in, of all connections together; looked at twice a second.
         json_bytes: Of JSON or CSV in a body: numbers in text take many times their size when they are read.
         header_bytes: Of a request line and headers together.
         headers: How many headers.
@@ -50,6 +51,7 @@ class Limits:
     """
 
     body_bytes: int = 256 * 2**20
+    receiving_bytes: int = 4 * 2**30
     json_bytes: int = 64 * 2**20
     header_bytes: int = 32 * 2**10
     headers: int = 100

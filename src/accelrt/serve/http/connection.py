@@ -441,6 +441,15 @@ class Connection(asyncio.Protocol):
         elif waited > limits.idle_s and not self._waiting:
             self._transport.close()
 
+    @property
+    def receiving(self) -> int:
+        """Bytes that came of a body which is not whole yet."""
+        return self._received if self._reading == _BODY else 0
+
+    def refuse_for_memory(self) -> None:
+        """Give up the body that is coming in, because those of all connections take too much memory."""
+        self._refuse(failure(503, "The server is receiving as much as it takes at once.", {"retry-after": "1"}))
+
     def drain(self) -> None:
         """Close the connection as soon as nothing is under way on it."""
         if not self.busy and self._reading in (_IDLE, _DEAF):

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from email.utils import formatdate
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -155,13 +156,31 @@ class HttpServer:
         while True:
             await asyncio.sleep(CHECK_S)
             self._tick()
+            self._keep_memory()
             now = time.monotonic()
             for connection in list(self.connections):
-                try:
-                    connection.check(now)
-                except Exception as error:  # noqa: BLE001 one connection must not end the checks of all
-                    reply_of(error)  # logs it
-                    connection.abort()
+                _safely(connection, partial(Connection.check, now=now))
+
+    def _keep_memory(self) -> None:
+        """Refuse the largest bodies that are coming in while all of them together pass the limit."""
+        connections = [connection for connection in self.connections if connection.receiving]
+        total = sum(connection.receiving for connection in connections)
+        if total <= self.limits.receiving_bytes:
+            return
+        for connection in sorted(connections, key=lambda one: one.receiving, reverse=True):
+            total -= connection.receiving
+            _safely(connection, Connection.refuse_for_memory)
+            if total <= self.limits.receiving_bytes:
+                return
+
+
+def _safely(connection: Connection, check: Callable[[Connection], None]) -> None:
+    """Check a connection; one that fails must not end the checks of all."""
+    try:
+        check(connection)
+    except Exception as error:  # noqa: BLE001 see above
+        reply_of(error)  # logs it
+        connection.abort()
 
 
 def infer_route(target: bytes) -> tuple[str, str] | None:
