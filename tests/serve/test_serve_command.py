@@ -171,6 +171,27 @@ def test_wrong_usage_of_the_command(tmp_path: Path) -> None:
             assert made.returncode == code and str(text) in err, (arguments, err)
 
 
+def test_the_word_that_sagemaker_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from accelrt.cli import app
+    from accelrt.serve import run
+    from accelrt.serve.settings import ServerSettings
+
+    asked: list[ServerSettings] = []
+    monkeypatch.setattr(run, "serve", lambda settings, announce: asked.append(settings))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAGEMAKER_BIND_TO_PORT", "9090")
+    for arguments in (["--sagemaker"], ["--sagemaker", "serve"], ["--sagemaker", "models", "--grpc-port", "0"]):
+        assert CliRunner().invoke(app, ["serve", *arguments]).exit_code == 0
+    assert [one.repository for one in asked] == [Path("/opt/ml/model"), Path("/opt/ml/model"), Path("models")]
+    assert [(one.host, one.http_port, one.grpc_port) for one in asked] == [
+        ("0.0.0.0", 9090, None),
+        ("0.0.0.0", 9090, None),
+        ("0.0.0.0", 9090, 0),
+    ]
+
+
 def test_the_command_serves_a_model(tmp_path: Path) -> None:
     pytest.importorskip("accelrt.serve.models.service")
     from accelrt.data import digits_model

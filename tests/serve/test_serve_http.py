@@ -345,6 +345,8 @@ BAD_REQUESTS: list[Any] = [
         "inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [1]}],
         "outputs": [{"name": "y", "parameters": {"classification": 2}}],
     },
+    b'{"id":"\\ud800","inputs":[{"name":"x","shape":[1,1],"datatype":"FP32","data":[1]}]}',
+    b'{"inputs":[{"name":"x","shape":[1,1],"datatype":"BYTES","data":["\xff"]}]}',
     b'{"inputs":' + b"[" * 100_000,
     b'{"inputs":' + b'{"a":' * 100_000,
     b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":' + b"[" * 5000 + b"]" * 5000 + b"}]}",

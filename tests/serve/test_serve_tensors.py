@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from typing import Any
@@ -167,6 +168,7 @@ JSON_LIES = [
     ("BOOL", [1], '["true"]'),
     ("BYTES", [1], "[1]"),
     ("BYTES", [2, 2], '[["a","b"],["c"]]'),
+    ("BYTES", [1], '["\\ud800"]'),
     ("FP16", [1], "[1]"),
     ("BF16", [1], "[1]"),
     ("FP32", [1], ""),
@@ -182,6 +184,18 @@ JSON_LIES = [
 def test_lies_in_json_are_refused(datatype: str, shape: list[int], text: str) -> None:
     with pytest.raises(RequestError):
         from_json("x", datatype, shape, text.encode())
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from(list(DTYPES)),
+    st.none() | st.just([1]),
+    st.binary(max_size=20),
+    st.sampled_from([b"%b", b"[%b]", b'["%b"]', b'[["%b"]]']),
+)
+def test_whatever_bytes_stand_for_json(datatype: str, shape: list[int] | None, text: bytes, frame: bytes) -> None:
+    with contextlib.suppress(RequestError):
+        from_json("x", datatype, shape, frame % text)
 
 
 def test_json_numbers_that_are_none_have_names() -> None:

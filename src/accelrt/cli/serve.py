@@ -101,6 +101,7 @@ def serve(
         HTTP_PORT,
         METRICS_PORT,
         SAGEMAKER_MODELS,
+        SAGEMAKER_WORD,
         Limits,
         ServerSettings,
         TlsFiles,
@@ -114,10 +115,10 @@ def serve(
         raise typer.BadParameter(f"It is one of {', '.join(CONTROL_MODES)}.", param_hint="--model-control-mode")
     if (tls_certificate is None) != (tls_key is None):
         raise typer.BadParameter("A certificate and its key go together.", param_hint="--tls-cert")
-    if repository is None:
-        if not sagemaker:
-            raise typer.BadParameter("Name a model repository, or a model.", param_hint="REPOSITORY")
+    if sagemaker and (repository is None or (repository == SAGEMAKER_WORD and not repository.exists())):
         repository = SAGEMAKER_MODELS
+    if repository is None:
+        raise typer.BadParameter("Name a model repository, or a model.", param_hint="REPOSITORY")
     settings = ServerSettings(
         repository,
         control_mode=control_mode,

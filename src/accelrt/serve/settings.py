@@ -24,6 +24,9 @@ SAGEMAKER_PORT = 8080
 SAGEMAKER_MODELS = Path("/opt/ml/model")
 """Where SageMaker's container contract wants a server, and where it puts the model."""
 
+SAGEMAKER_WORD = Path("serve")
+"""The argument with which SageMaker starts a container, after whatever its entry point says already."""
+
 KEYS_VARIABLE = "ACCELRT_API_KEYS"
 """Environment variable of API keys, separated by commas or white space."""
 

@@ -338,14 +338,14 @@ def _elements(name: str, datatype: str, depth: int, text: bytes) -> Any:
     kind = "text" if datatype == "BYTES" else "bool" if datatype == "BOOL" else "float" if datatype[0] == "F" else "int"
     try:
         return _decoder(kind, depth).decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         if kind != "float":
             raise RequestError(f"Tensor {shown(name)}, {datatype}: {error}.") from None
     except RecursionError:
         raise RequestError(f"Tensor {shown(name)} is nested too deeply.") from None
     try:
         return _finite_or_named(_decoder("float or text", depth).decode(text))
-    except (msgspec.DecodeError, KeyError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:
         reason = f"{error.args[0]!r} is no number" if isinstance(error, KeyError) else str(error)
         raise RequestError(f"Tensor {shown(name)}, {datatype}: {reason}.") from None
 
