@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gzip
 import http.client
+import itertools
 import json
 import socket
 import ssl
@@ -37,6 +38,7 @@ from accelrt.errors import (
 from accelrt.graph.types import numpy_dtype
 from accelrt.serve.http import bodies, loose
 from accelrt.serve.http import server as http_server
+from accelrt.serve.http.connection import Connection
 from accelrt.serve.http.inference import Inference
 from accelrt.serve.http.replies import Reply, reason_of, reply_of, status_of
 from accelrt.serve.settings import Limits, ServerSettings, TlsFiles, read_api_keys
@@ -672,6 +674,9 @@ def test_offers_to_upgrade_are_not_heard(plain: Running) -> None:
         )
         assert raw.answer().json["name"] == "accelrt"
         assert raw.answer().status == 200
+    with Raw(plain.port) as raw:  # who asks for nothing else is sent away, and not answered for ever
+        raw.send((b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n" + "\r\n".join(offer).encode() + b"\r\n\r\n") * 2000)
+        assert [raw.answer().status for _ in range(17)] == [200] * 16 + [501]
 
 
 def test_old_and_closing_clients(plain: Running) -> None:
@@ -722,6 +727,96 @@ def test_what_is_no_http(plain: Running, request_: bytes) -> None:
         assert 400 <= answer.status < 500 and answer.json["error"]
         assert raw.ends()
     assert ask(plain.port, post(INFER, JSON_BODY)).status == 200
+
+
+@pytest.fixture(scope="module")
+def deaf(service: SmallService) -> http_server.HttpServer:
+    """A server that does not listen: connections are made by hand."""
+    return http_server.HttpServer(service, ServerSettings(Path()))
+
+
+class _Wire(asyncio.Transport):
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        self.written += bytes(data)
+
+    def writelines(self, parts: Any) -> None:
+        self.written += b"".join(bytes(part) for part in parts)
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+WHOLE = (
+    post(INFER, JSON_BODY)
+    + post("/v2/models/nothing/infer", JSON_BODY, "Content-Encoding: gzip")
+    + b'POST /v2/models/fp32/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"inp\r\n0\r\n\r\n'
+    + post(
+        INFER, JSON_BODY, "Connection: Upgrade", "Upgrade: h2c", f"Inference-Header-Content-Length: {len(JSON_BODY)}"
+    )
+    + b"GET /v2 HTTP/1.1\r\n\r\n"
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    edits=st.lists(st.tuples(st.integers(0, len(WHOLE)), st.integers(0, 6), st.binary(max_size=6)), max_size=6),
+    cuts=st.lists(st.integers(0, len(WHOLE)), max_size=8),
+    ends=st.booleans(),
+)
+def test_no_bytes_are_the_servers_fault(
+    deaf: http_server.HttpServer,
+    caplog: pytest.LogCaptureFixture,
+    edits: list[tuple[int, int, bytes]],
+    cuts: list[int],
+    ends: bool,
+) -> None:
+    data = WHOLE
+    for at, length, text in edits:
+        data = data[:at] + text + data[at + length :]
+    caplog.clear()
+
+    async def talk() -> bytes:
+        wire, connection = _Wire(), Connection(deaf, asyncio.get_running_loop())
+        connection.connection_made(wire)
+        places = sorted({0, *(min(cut, len(data)) for cut in cuts), len(data)})
+        for start, stop in itertools.pairwise(places):
+            connection.data_received(data[start:stop])
+            await asyncio.sleep(0)
+        if ends:
+            connection.eof_received()
+        while connection.busy and not wire.closed:
+            await asyncio.sleep(0.001)
+        connection.connection_lost(None)
+        assert connection not in deaf.connections
+        return wire.written
+
+    written = asyncio.run(talk())
+    assert b"HTTP/1.1 5" not in written.replace(b"HTTP/1.1 501", b"")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], caplog.text
 
 
 # Who may ask

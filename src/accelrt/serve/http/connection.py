@@ -29,6 +29,9 @@ MOST_PIPELINED = 16
 LARGE_PIPELINED = 64 * 2**10
 """Bytes of a body behind which a connection is no longer read until it was answered."""
 
+MOST_UPGRADES = 16
+"""Offers to upgrade on one connection that are not heard; clients make one."""
+
 LINGER_S = 2.0
 """How long what a refused client still sends is thrown away, so that it gets to read why."""
 
@@ -111,7 +114,7 @@ class Connection(asyncio.Protocol):
         self._body: bytes | memoryview = b""
         self._gathered = bytearray()
         self._received = 0
-        self._upgrading = 0
+        self._upgrading = self._upgrades = 0
 
     # What the transport calls
 
@@ -147,24 +150,32 @@ class Connection(asyncio.Protocol):
         self._go_on()
 
     def data_received(self, data: bytes) -> None:
+        rest = self._feed(data)
+        while rest:
+            rest = self._feed(rest)
+
+    def _feed(self, data: bytes) -> bytes:
+        """Read bytes, and return those that are to be read anew, which are none but after an upgrade."""
         reading = self._reading
         if reading == _DEAF:
-            return
+            return b""
         if self._upgrading:
-            self._read_plainly(data)
-            return
+            return self._read_plainly(data)
         if reading == _HEAD:
             self._head_bytes += len(data)
+        upgraded_at = -1
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._ignore_upgrade(data[upgrade.args[0] :])
-            return
+            upgraded_at = upgrade.args[0]
         except httptools.HttpParserError as error:
             self._give_up(error)
-            return
+            return b""
+        if upgraded_at >= 0:
+            return self._ignore_upgrade(data[upgraded_at:])
         if self._reading == _HEAD and self._head_bytes > self._limits.header_bytes:
             self._refuse_head()
+        return b""
 
     def _give_up(self, error: httptools.HttpParserError) -> None:
         cause = error.__context__
@@ -282,29 +293,30 @@ class Connection(asyncio.Protocol):
     # Upgrades: Java's client asks for HTTP/2 with its first request. Nobody has to agree, so it is not heard; but the
     # parser stops at such a request, and takes its body for the other protocol.
 
-    def _ignore_upgrade(self, rest: bytes) -> None:
-        if b"transfer-encoding" in self._headers or self._parser.get_method() == b"CONNECT":
+    def _ignore_upgrade(self, rest: bytes) -> bytes:
+        self._upgrades += 1
+        chunked, method = b"transfer-encoding" in self._headers, self._parser.get_method()
+        if chunked or method == b"CONNECT" or self._upgrades > MOST_UPGRADES:
             self._refuse(failure(501, "The server speaks HTTP/1.1 only; send the request without Upgrade."))
-            return
+            return b""
         if self._length:
             self._upgrading, self._reading = self._length, _BODY
-            self._read_plainly(rest)
-        else:
-            self._go_on_parsing(rest)
+            return self._read_plainly(rest)
+        self._end_upgrade()
+        return rest
 
-    def _read_plainly(self, data: bytes) -> None:
+    def _read_plainly(self, data: bytes) -> bytes:
         mine, rest = data[: self._upgrading], data[self._upgrading :]
         self._upgrading -= len(mine)
         if mine:
             self.on_body(mine)
         if not self._upgrading:
-            self._go_on_parsing(rest)
+            self._end_upgrade()
+        return rest
 
-    def _go_on_parsing(self, rest: bytes) -> None:
+    def _end_upgrade(self) -> None:
         self._complete(keep_alive=True)
         self._parser = httptools.HttpRequestParser(self)
-        if rest:
-            self.data_received(rest)
 
     # Answers
 
