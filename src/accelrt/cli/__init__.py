@@ -28,7 +28,7 @@ from typing import Annotated
 import typer
 
 import accelrt
-from accelrt.cli import bench, compile, cores, demo, doctor, explain, run, sweep, verify
+from accelrt.cli import bench, compile, cores, demo, doctor, explain, run, serve, sweep, verify
 from accelrt.cli.common import INTERRUPTED, discard_stdout, flush_stdout
 
 EPILOG = (
@@ -70,6 +70,7 @@ app.command("run")(run.run)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.command("sweep")(sweep.sweep)
+app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 
 
