@@ -63,13 +63,17 @@ def test_every_honoured_field_is_read_and_others_are_named() -> None:
 
 
 def test_json_says_the_same_as_text() -> None:
-    text = from_text('name: "m" max_batch_size: 4 dynamic_batching { } parameters { key: "k" value { string_value: "v" } }')
+    text = from_text(
+        'name: "m" max_batch_size: 4 dynamic_batching { } parameters { key: "k" value { string_value: "v" } }'
+    )
     for document in (
         {"name": "m", "max_batch_size": 4, "dynamic_batching": {}, "parameters": {"k": {"string_value": "v"}}},
         {"name": "m", "maxBatchSize": "4", "dynamicBatching": {}, "parameters": {"k": {"stringValue": "v"}}},
     ):
         assert from_json(json.dumps(document)) == text
-    latest = from_json('{"version_policy": {"latest": {"num_versions": 2}}, "input": [{"name": "x", "dims": ["-1", 3]}]}')
+    latest = from_json(
+        '{"version_policy": {"latest": {"num_versions": 2}}, "input": [{"name": "x", "dims": ["-1", 3]}]}'
+    )
     assert latest.version_policy.count == 2 and latest.inputs[0].dims == (-1, 3)
 
 
@@ -83,9 +87,9 @@ def test_json_says_the_same_as_text() -> None:
         "max_batch_size: 1.5",
         "max_batch_size: 99999999999999999999999999",
         "max_batch_size: 1 max_batch_size: 2",
-        "input { name: \"x\" data_type: TYPE_FP33 }",
+        'input { name: "x" data_type: TYPE_FP33 }',
         "input { dims: [1, ] }",
-        "input { name: \"x\" } input { name: \"x\" }",
+        'input { name: "x" } input { name: "x" }',
         "input { data_type: TYPE_FP32 }",
         "input: 3",
         "version_policy { all { } latest { } }",
@@ -113,7 +117,9 @@ def test_what_is_wrong_is_refused(text: str) -> None:
         from_text(text)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"input": {"dims": [{}]}}', '{"input": 3}', "[" * 100_000, "{\"name\": 1}"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", "{", '{"input": {"dims": [{}]}}', '{"input": 3}', "[" * 100_000, '{"name": 1}']
+)
 def test_json_that_is_wrong_is_refused(text: str) -> None:
     with pytest.raises(RequestError):
         from_json(text)
@@ -144,7 +150,13 @@ def _written(message: dict[str, list[Any]], listed: bool) -> str:
         if isinstance(item, bool):
             return str(item).lower()
         if isinstance(item, str):
-            return '"' + "".join(c if c.isalnum() else "".join(f"\\{b:03o}" for b in [ord(c)]) if ord(c) < 256 else c for c in item) + '"'
+            return (
+                '"'
+                + "".join(
+                    c if c.isalnum() else "".join(f"\\{b:03o}" for b in [ord(c)]) if ord(c) < 256 else c for c in item
+                )
+                + '"'
+            )
         return str(item)
 
     if listed:
@@ -195,6 +207,12 @@ def test_a_models_settings_go_before_the_servers() -> None:
 
 
 def test_service_settings_are_checked(tmp_path: Any) -> None:
-    for wrong in ({"repository": ()}, {"control": "auto"}, {"poll_s": 0}, {"max_resident_models": 0}, {"load_models": ("a",)}):
+    for wrong in (
+        {"repository": ()},
+        {"control": "auto"},
+        {"poll_s": 0},
+        {"max_resident_models": 0},
+        {"load_models": ("a",)},
+    ):
         with pytest.raises(OptionError):
             ServiceSettings(**{"repository": (tmp_path,), **wrong})

@@ -114,7 +114,9 @@ def test_two_repositories_with_one_name(tmp_path: Path) -> None:
     assert "two models" in str(repository.look("x").problem)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\0b", "-x", "é", "x" * 300, "a b", ".git"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\0b", "-x", "é", "x" * 300, "a b", ".git"]
+)
 def test_hostile_names(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound):
         check_name(name)
@@ -144,7 +146,19 @@ def test_equal_uploads_are_kept_once_and_go_with_the_last(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "key", ["file:1/../../x", "file:0/x", "file:../x", "file:1/", "file:1", "x", "file:1//x", "file:1/.x", "file:1/a/b/c/d/e", "file:1/a\0"]
+    "key",
+    [
+        "file:1/../../x",
+        "file:0/x",
+        "file:../x",
+        "file:1/",
+        "file:1",
+        "x",
+        "file:1//x",
+        "file:1/.x",
+        "file:1/a/b/c/d/e",
+        "file:1/a\0",
+    ],
 )
 def test_hostile_uploads(key: str) -> None:
     with pytest.raises(RequestError):

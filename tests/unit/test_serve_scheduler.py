@@ -72,7 +72,9 @@ async def held(queue: Queue, model: Model) -> asyncio.Future[Any]:
 
 
 @given(
-    calls=st.lists(st.tuples(st.integers(1, 5), st.sampled_from(["float32", "float64"]), st.integers(1, 2)), max_size=24),
+    calls=st.lists(
+        st.tuples(st.integers(1, 5), st.sampled_from(["float32", "float64"]), st.integers(1, 2)), max_size=24
+    ),
     most=st.integers(1, 9),
     capacity=st.integers(1, 3),
     levels=st.integers(0, 2),
