@@ -16,6 +16,7 @@ import onnx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from tests.unit.serve_cases import ask, coupled, line, put, request, run, settled
 
 import accelrt
 from accelrt.errors import (
@@ -32,7 +33,6 @@ from accelrt.serve.models import ModelService, ModelSettings, ServiceSettings
 from accelrt.serve.models.residency import Residency, Resident, choose_victim
 from accelrt.serve.models.served import DirectGate, LiveModel
 from accelrt.serve.models.service import NOT_RESIDENT
-from tests.unit.serve_cases import ask, coupled, line, put, request, run, settled
 
 
 def service(root: Path, **more: Any) -> ModelService:
@@ -581,7 +581,12 @@ steps = st.lists(
 
 
 @given(steps, st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1e6]))
-@settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12,
+    deadline=None,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_no_request_is_lost_or_swapped_while_models_come_and_go(
     tmp_path_factory: pytest.TempPathFactory, plan: Sequence[tuple[str, int, float]], seed: int, direct_us: float
 ) -> None:

@@ -135,8 +135,8 @@ def test_equal_uploads_are_kept_once_and_go_with_the_last(tmp_path: Path) -> Non
     assert one.versions == ("1", "2") and (one.folder / "2/data/w.bin").read_bytes() == b"more"
     content = one.folder.parent / "content"
     assert len(list(content.iterdir())) == 2
-    assert os.stat(one.folder / "1/model.onnx").st_ino == os.stat(two.folder / "1/model.onnx").st_ino
-    assert os.stat(one.folder.parent).st_mode & 0o077 == 0
+    assert (one.folder / "1/model.onnx").stat().st_ino == (two.folder / "1/model.onnx").stat().st_ino
+    assert one.folder.parent.stat().st_mode & 0o077 == 0
     gone = one.folder
     del one
     assert not gone.exists() and len(list(content.iterdir())) == 1

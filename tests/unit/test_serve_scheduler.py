@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.serve_cases import run
 
 from accelrt.errors import AccelrtError, ExecutionError, Overloaded, RequestTimeout
 from accelrt.serve.models.config import QueuePolicy
 from accelrt.serve.models.latency import LatencyModel
 from accelrt.serve.models.scheduler import Item, QueueClosed, Scheduler, SchedulerPolicy
 from accelrt.serve.models.statistics import VersionStatistics
-from tests.unit.serve_cases import run
 
 
 class Model:
