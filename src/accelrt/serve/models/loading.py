@@ -146,19 +146,23 @@ def wants_process(artifact: Artifact, settings: ModelSettings) -> bool:
     """Tell whether a model gets a process of its own: as its settings say, else if its programs run code of theirs.
 
     Engines whose programs are data run in the server's process, which is faster. A program that is code can do to the
-    server whatever the server can.
+    server whatever the server can. Where a device takes one session only, the sessions of a server must know of each
+    other to share the devices out, so they stay in one process unless the settings say otherwise.
     """
     if settings.isolation in ("none", "process"):
         return settings.isolation == "process"
     from accelrt.registry import REGISTRY, find_engine
 
+    runs_code = False
     for segment in artifact.manifest.segments:
         try:
-            if find_engine(REGISTRY.backend(segment.backend), segment.engine).caps.executes_code:
-                return True
+            backend = REGISTRY.backend(segment.backend)
+            runs_code |= find_engine(backend, segment.engine).caps.executes_code
         except (TargetError, RegistryError):
             continue  # it is compiled again for another engine, or loading says what is wrong
-    return False
+        if backend.exclusive:
+            return False
+    return runs_code
 
 
 def open_predictor(artifact: Artifact, settings: ModelSettings, config: ModelConfig | None) -> tuple[Predictor, Facts]:

@@ -514,7 +514,7 @@ class ModelService:
                 trust=self.settings.trust,
                 direct_us=self.settings.direct_us,
                 proof=None if fresh else slot.proof,
-                versions=(slot.version,),
+                versions=self._versions(slot),
                 again=self.model,
                 changed=partial(self._worker_changed, slot, token),
             )
@@ -525,6 +525,13 @@ class ModelService:
             raise RequestError(f"It could not be loaded: {type(error).__name__}: {error}") from error
         self._take_over(slot, plan, token, opened, statistics)
         self.residency.trim()
+
+    def _versions(self, slot: Slot) -> tuple[str, ...]:
+        """Return the versions that a model's metadata names."""
+        with self._lock:
+            entry = self._entries.get(slot.name)
+            found = entry.found if entry is not None else None
+        return tuple(sorted({slot.version, *(found.versions if found is not None else ())}, key=int))
 
     def _take_over(self, slot: Slot, plan: Plan, token: object, opened: Opened, statistics: VersionStatistics) -> None:
         queue, size = opened.live.queue, opened.live.facts.resident_bytes
