@@ -473,7 +473,8 @@ def test_more_models_than_fit_take_turns(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with service(tmp_path, max_resident_models=2) as served:
             assert served.ready() and served.residency.count <= 2
-            assert sum(entry.state == "READY" for entry in served.index()) == 2
+            assert sum(row.state == "READY" for row in served.snapshot()) == 2
+            assert {entry.state for entry in served.index()} == {"READY"}
             assert sum(entry.reason == NOT_RESIDENT for entry in served.index()) == 4
             pinned = served.find("m0")
             assert pinned is not None
@@ -511,7 +512,7 @@ def test_busy_and_pinned_models_are_not_unloaded_and_requests_wait_no_longer_tha
 
     async def scenario() -> None:
         async with service(tmp_path, max_resident_models=1, load_wait_s=0.3) as served:
-            assert states(served) == {"pinned:1": "READY", "other:1": "UNAVAILABLE"}
+            assert {row.name: row.state for row in served.snapshot()} == {"pinned": "READY", "other": "UNAVAILABLE"}
             start = time.monotonic()
             with pytest.raises(ModelUnavailable) as error:
                 await served.model("other")

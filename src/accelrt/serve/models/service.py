@@ -27,7 +27,7 @@ from accelrt.errors import (
     Overloaded,
     RequestError,
 )
-from accelrt.serve.interface import IndexEntry, ModelStatistics, ServedModel
+from accelrt.serve.interface import IndexEntry, ModelState, ModelStatistics, ServedModel
 from accelrt.serve.models import config as configs
 from accelrt.serve.models.opening import Opened, open_version
 from accelrt.serve.models.records import Entry, ModelSnapshot, Plan, Slot
@@ -201,7 +201,10 @@ class ModelService:
                     slot.waiters -= 1
 
     def index(self, *, ready: bool = False) -> Sequence[IndexEntry]:
-        """Return every version known, or those that are ready."""
+        """Return every version known, or those that are ready.
+
+        One that made room for others is ready: a request is answered, after it was loaded again; its reason says so.
+        """
         if self.settings.control == "explicit" and time.monotonic() - self._scanned_at > _RESCAN_S:
             with contextlib.suppress(AccelrtError, OSError):
                 self._scan()
@@ -210,7 +213,7 @@ class ModelService:
             for name in sorted(self._entries):
                 entry = self._entries[name]
                 known = sorted(entry.slots.values(), key=lambda slot: int(slot.version))
-                rows.extend(IndexEntry(name, slot.version, slot.state, slot.reason) for slot in known)
+                rows.extend(IndexEntry(name, slot.version, _shown(slot), slot.reason) for slot in known)
                 if not known:
                     rows.append(IndexEntry(name, "", "UNAVAILABLE", entry.problem))
         return [row for row in rows if row.state == "READY"] if ready else rows
@@ -706,6 +709,11 @@ class ModelService:
             f"There is no model {name[:80]!r}.",
             hint=f"Did you mean {close[0]!r}?" if close else "The index lists them.",
         )
+
+
+def _shown(slot: Slot) -> ModelState:
+    resting = slot.on_demand and slot.live is None and slot.reason == NOT_RESIDENT
+    return "READY" if resting else slot.state
 
 
 def _is_well(slot: Slot) -> bool:
