@@ -1,9 +1,9 @@
 """More models than fit: requests for many models, of which the server keeps a few in memory.
 
 Each model multiplies by a number of its own, so that an answer tells which model gave it; each request asks with a
-number of its own, so that it tells whose answer it is. Demand follows a power law, as it does where each tenant has a
-model. Claims: no answer is wrong, no request is lost, never more models in memory than allowed, and memory does not grow
-in the second half of the run.
+number of its own, so that it tells whose answer it is. Demand follows a power law, as where each tenant has a
+model. Claims: no answer is wrong, no request is lost, never more models in memory than allowed, and memory does not
+grow in the second half of the run.
 
     python benchmarks/serve_many.py --minutes 10
 """

@@ -366,8 +366,10 @@ def test_a_load_with_files_and_a_configuration_of_its_own(tmp_path: Path) -> Non
             await served.load("a", {})
             assert (await ask(served, "a", request(1, 2))).outputs["y"][0, 0] == 2
             content = served._uploads._folder
-            assert content is not None
+            assert content is not None and any((content / "content").iterdir())
             await served.unload("sent")
+            await settled(lambda: not any((content / "content").iterdir()))
+            assert "sent:1" not in states(served) and states(served)["a:1"] == "READY"
             for wrong in (
                 {"config": "{"},
                 {"config": 3},

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.serve_cases import ask, line, put, request, run, settled
 
+import accelrt
 from accelrt.errors import ExecutionError, InputError, ModelUnavailable
-from accelrt.registry import REGISTRY
+from accelrt.registry import REGISTRY, find_engine
 from accelrt.serve.interface import InferRequest
 from accelrt.serve.models import ModelService, ModelSettings, ServiceSettings, frames
+from accelrt.serve.models.loading import wants_process
 
 PLUGIN = """
 import os, signal, time
@@ -174,6 +177,28 @@ def test_what_cannot_be_loaded_in_the_worker_says_why(crashing: Path) -> None:
             assert entry.state == "UNAVAILABLE" and "77" in entry.reason
 
     run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("isolation", "runs_code", "exclusive", "expected"),
+    [
+        (None, False, False, False),
+        (None, True, False, True),
+        ("auto", True, False, True),
+        ("auto", True, True, False),
+        ("none", True, False, False),
+        ("process", False, True, True),
+    ],
+)
+def test_programs_that_run_code_get_a_process(
+    monkeypatch: pytest.MonkeyPatch, isolation: Any, runs_code: bool, exclusive: bool, expected: bool
+) -> None:
+    artifact = accelrt.compile(line(2))
+    backend = REGISTRY.backend("cpu")
+    engine = find_engine(backend, "onnxruntime")
+    monkeypatch.setattr(type(engine), "caps", replace(engine.caps, executes_code=runs_code))
+    monkeypatch.setattr(type(backend), "exclusive", exclusive)
+    assert wants_process(artifact, ModelSettings(isolation=isolation)) is expected
 
 
 # Frames

@@ -77,7 +77,9 @@ class Entry:
     Attributes:
         wanted: It should be loaded.
         serial: Held while it is loaded or unloaded: one of these at a time.
+        uploaded: Its files came with a load request.
         joint: The load that is under way and that others who want the same may wait for.
+        pending: Load requests that have it in hand.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Entry:
     uploaded: bool = False
     serial: threading.Lock = field(default_factory=threading.Lock)
     joint: Future[None] | None = None
+    pending: int = 0
 
 
 @dataclass(frozen=True, slots=True)

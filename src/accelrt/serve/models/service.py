@@ -406,11 +406,15 @@ class ModelService:
                 found = self._with_versions(found, override)
         with self._lock:
             entry = self._entries.setdefault(name, Entry(name))
+            entry.pending += 1
         try:
             with entry.serial:
                 self._load_as(entry, found, uploads)
         except AccelrtError as error:
             raise _asked_in_vain(name, error) from error
+        finally:
+            with self._lock:
+                entry.pending -= 1
 
     def _with_versions(self, found: RepositoryModel, override: configs.ModelConfig) -> RepositoryModel:
         """Choose versions anew, since the configuration that came with the request may serve others."""
@@ -448,11 +452,8 @@ class ModelService:
         failures: list[AccelrtError] = []
         for version in sorted(found.versions, key=int):
             path = found.versions[version]
-            stamp = tuple(
-                row
-                for row in found.stamp
-                if row[0].startswith(f"{path.parent}/" if path.parent.name == version else str(path))
-            )
+            own = path.parent if path.parent.name == version else path
+            stamp = tuple(row for row in found.stamp if row[0] == str(own) or row[0].startswith(f"{own}/"))
             plan = Plan(path, stamp, found.config, settings, uploads)
             with self._lock:
                 slot = entry.slots.get(version)
@@ -504,8 +505,10 @@ class ModelService:
 
     def _bring_up(self, slot: Slot, plan: Plan, *, evict: bool, wait_s: float, fresh: bool = False) -> None:
         """Load a version, warm it up, and have it answer in the place of what did so far."""
+        if self._closed:
+            raise ModelUnavailable("The server is shutting down.")
         token = object()
-        expected = slot.known_bytes or sum(size for _, size, _, _ in plan.stamp)
+        expected = slot.known_bytes or sum(size for _, size, _, _ in plan.stamp) or _size_of(plan)
         self.residency.reserve(token, Resident(slot.name, expected), wait_s=wait_s, evict=evict, replaces=slot.token)
         statistics = VersionStatistics() if fresh else slot.statistics
         try:
@@ -576,6 +579,9 @@ class ModelService:
                 for slot in entry.slots.values():
                     if slot.live is None:
                         slot.state, slot.reason = "UNAVAILABLE", "unloaded"
+                if entry.uploaded:  # their files go with it; what lies in the repository is seen at the next look
+                    entry.slots.clear()
+                    entry.uploaded, entry.found, self._scanned_at = False, None, 0.0
 
     def _evict(self, slot: Slot, token: object) -> None:
         """Unload a version to make room; called by `Residency`, and does not wait."""
@@ -645,7 +651,7 @@ class ModelService:
             for name in [name for name, entry in self._entries.items() if name not in found]:
                 entry = self._entries[name]
                 if not any(slot.live or slot.loading or slot.on_demand for slot in entry.slots.values()) and not (
-                    entry.joint or entry.uploaded
+                    entry.joint or entry.pending
                 ):
                     del self._entries[name]
         return found
@@ -676,6 +682,8 @@ class ModelService:
 
     def _follow(self, entry: Entry, model: RepositoryModel) -> None:
         with entry.serial:
+            if self._entries.get(entry.name) is not entry:  # it was taken away again
+                return
             entry.wanted = True
             for error in self._apply(entry, model, evict=not self.residency.limited, wait_s=0.0):
                 logger.warning("Model %s: %s", entry.name, error)
@@ -709,6 +717,12 @@ class ModelService:
             f"There is no model {name[:80]!r}.",
             hint=f"Did you mean {close[0]!r}?" if close else "The index lists them.",
         )
+
+
+def _size_of(plan: Plan) -> int:
+    with contextlib.suppress(OSError):
+        return plan.path.stat().st_size
+    return 0
 
 
 def _shown(slot: Slot) -> ModelState:
