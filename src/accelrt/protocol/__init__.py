@@ -1,0 +1,1 @@
+"""What both ends of an Open Inference Protocol connection mean by the same bytes: datatypes and messages."""
