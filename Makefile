@@ -39,6 +39,10 @@ types: $(VENV)/.test
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+protocol: $(VENV)/.test
+	cd src && ../$(VENV)/bin/python -m grpc_tools.protoc -I. --include_imports \
+		--descriptor_set_out=accelrt/protocol/messages.binpb accelrt/protocol/inference.proto
+
 build: $(VENV)/.test
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
