@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test suite lint types docs build bench clean
+.PHONY: demo test suite lint types docs protocol build bench clean
 
 # torch first and from pip: with the pinned release installed, nothing later pulls another build of it.
 $(VENV)/.test: pyproject.toml
