@@ -81,7 +81,7 @@ class Caller:
             if size:
                 with self._slots.take(size) as slot:
                     if slot is not None:
-                        found = self._shared(arrays, large, outputs, *slot, timeout_s)
+                        found = self._shared(arrays, large, outputs, self._slots, *slot, timeout_s)
                         if found is not None:
                             return found
         if sum(array.nbytes for array in arrays.values()) > MOST_MESSAGE_BYTES - (1 << 16):
@@ -103,6 +103,7 @@ class Caller:
         arrays: dict[str, Array],
         large: dict[str, Array],
         outputs: dict[str, int],
+        slots: Slots,
         region: Region,
         start: int,
         timeout_s: float,
@@ -125,7 +126,7 @@ class Caller:
             reply = self._endpoint.call(INFER, data, timeout_s)
         except RequestError:
             # A server that was started anew has forgotten the region; if the inputs are wrong, it will say so again.
-            self._slots and self._slots.lost(region)
+            slots.lost(region)
             self._sizes.pop(tuple(a.shape for a in arrays.values()), None)
             return None
         return self._answer(arrays, reply, region)

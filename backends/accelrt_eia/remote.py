@@ -71,7 +71,7 @@ class RemoteOptions:
     shared_memory: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.timeout_s <= 86400 or not 0 < self.load_timeout_s <= 86400 or not 0 <= self.lost_after_s:
+        if not 0 < self.timeout_s <= 86400 or not 0 < self.load_timeout_s <= 86400 or not self.lost_after_s >= 0:
             raise OptionError(
                 "timeout_s and load_timeout_s must be above 0 and at most a day, lost_after_s must not be negative."
             )

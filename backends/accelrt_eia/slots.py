@@ -17,7 +17,7 @@ from pathlib import Path
 from accelrt.errors import AccelrtError
 from accelrt.protocol.client import Endpoint
 
-FOLDER = Path("/dev/shm")  # noqa: S108 - where Linux has POSIX shared memory
+FOLDER = Path("/dev/shm")
 SLOTS = 8
 """More than the calls that are under way at a time; who finds none free sends a message."""
 

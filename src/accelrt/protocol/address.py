@@ -64,4 +64,6 @@ def parse_address(text: str) -> Address:
         raise OptionError(
             f"{text[:200]!r} is no address of an endpoint.", hint="The form is grpc://host:8001, or grpcs:// with TLS."
         )
-    return Address(matched["host"], port, matched["scheme"] == "grpcs", matched["model"] or "", matched["version"] or "")
+    return Address(
+        matched["host"], port, matched["scheme"] == "grpcs", matched["model"] or "", matched["version"] or ""
+    )

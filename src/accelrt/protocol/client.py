@@ -50,7 +50,9 @@ class ClientSettings:
     api_key: str | None = None
 
     def __repr__(self) -> str:
-        return f"ClientSettings(ca={self.ca}, certificate={self.certificate}, api_key={'***' if self.api_key else None})"
+        return (
+            f"ClientSettings(ca={self.ca}, certificate={self.certificate}, api_key={'***' if self.api_key else None})"
+        )
 
 
 class _Link:
@@ -271,7 +273,9 @@ def _channel(address: Address, settings: ClientSettings) -> Any:
     ]
     if not address.secure:
         return grpc.insecure_channel(address.target, options)
-    credentials = grpc.ssl_channel_credentials(*(_pem(p) for p in (settings.ca, settings.private_key, settings.certificate)))
+    credentials = grpc.ssl_channel_credentials(
+        *(_pem(p) for p in (settings.ca, settings.private_key, settings.certificate))
+    )
     return grpc.secure_channel(address.target, credentials, options)
 
 

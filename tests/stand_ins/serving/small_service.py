@@ -151,7 +151,7 @@ class SmallService:
             session = await asyncio.to_thread(accelrt.load, folder / "model.onnx", backend="cpu")
         except AccelrtError as error:
             raise RequestError(f"Model {name!r} cannot be loaded: {error}") from error
-        self.models[name] = SmallModel(name, session.signature, session.predict, delay=self._delay)
+        self.models[name] = SmallModel(name, session.signature, lambda i: session.predict(_texts(i)), delay=self._delay)
 
     async def unload(self, name: str, *, dependents: bool = False) -> None:
         if self.models.pop(name, None) is None:
@@ -169,6 +169,13 @@ class SmallService:
             for model in self.models.values()
             if not name or model.name == name
         ]  # fmt: skip
+
+
+def _texts(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: np.vectorize(bytes.decode, otypes=[object])(array) if array.dtype == object else array
+        for name, array in inputs.items()
+    }
 
 
 def function(name: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], run: Run, **how: Any) -> SmallModel:
