@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from accelrt.backend import Backend, Device, Engine
+from accelrt_eia.accelerators import Accelerators
 from accelrt_eia.remote import RemoteEngine
+from accelrt_eia.served import ServedEngine
 
 
 class EiaBackend(Backend):
@@ -18,9 +20,9 @@ class EiaBackend(Backend):
     name: ClassVar[str] = "eia"
 
     def __init__(self) -> None:
-        remote = RemoteEngine()
-        self.engines: tuple[Engine, ...] = (remote,)
-        self._remote = remote
+        accelerators = Accelerators()
+        self._remote = RemoteEngine(accelerators)
+        self.engines: tuple[Engine, ...] = (self._remote, ServedEngine(accelerators))
 
     def devices(self) -> Sequence[Device]:
         return self._remote.endpoints()

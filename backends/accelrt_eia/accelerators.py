@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from accelrt.backend import Device
 from accelrt.errors import AccelrtError, OptionError
@@ -48,17 +47,6 @@ def addresses(environ: Mapping[str, str]) -> tuple[Address, ...]:
     return found
 
 
-def client_settings(environ: Mapping[str, str]) -> ClientSettings:
-    """Return how endpoints are reached, as the environment says."""
-    ca, certificate, key = (environ.get(f"ACCELRT_EIA_{name}") for name in ("CA", "CERTIFICATE", "KEY"))
-    return ClientSettings(
-        ca=Path(ca) if ca else None,
-        certificate=Path(certificate) if certificate else None,
-        private_key=Path(key) if key else None,
-        api_key=environ.get("ACCELRT_EIA_API_KEY") or None,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Health:
     """What an endpoint last said of itself: ``server`` is its name and version, ``problem`` why it is not ready."""
@@ -79,7 +67,7 @@ class Accelerators:
     def endpoint(self, address: Address) -> Endpoint:
         """Return the connection to an endpoint, by its address without a model."""
         address = Address(address.host, address.port, address.secure)
-        key = (address, client_settings(os.environ))
+        key = (address, ClientSettings.of_environment(os.environ))
         with self._lock:
             if key not in self._endpoints:
                 self._endpoints[key] = Endpoint(*key)
@@ -95,6 +83,11 @@ class Accelerators:
         with self._lock:
             self._health[address] = (time.monotonic(), found)
         return found
+
+    def shares_memory(self, address: Address) -> bool:
+        """Tell whether a server is on this machine and takes tensors in shared memory."""
+        plain = Address(address.host, address.port, address.secure)
+        return plain.local and "system_shared_memory" in self.health(plain, fresh=True).extensions
 
     def devices(self, environ: Mapping[str, str]) -> tuple[Device, ...]:
         """Return the endpoints as devices, those that do not answer too: their numbers must not change."""

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from accelrt_cpu.onnxruntime import OnnxRuntimeEngine
 
 _MODEL = "model.onnx"
-_EXTENSION = "system_shared_memory"
 _ASKING_S = 5.0
 _REMEDY = "pip install 'accelrt[eia]'"
 
@@ -131,15 +130,13 @@ class RemoteEngine(Engine):
         whole = _whole(path)
         name = f"accelrt-{hashlib.sha256(whole).hexdigest()[:32]}"
         self._upload(endpoint, name, lambda: whole, options.load_timeout_s, patient=True)
-        del whole
 
         def restore(timeout_s: float) -> None:
             self._upload(endpoint, name, lambda: _whole(path), timeout_s)
 
-        health = self._accelerators.health(address, fresh=True)
-        share = options.shared_memory and address.local and _EXTENSION in health.extensions
+        share = options.shared_memory and self._accelerators.shares_memory(address)
         caller = Caller(endpoint, Model(name, "", program.signature), share=share)
-        return RemoteExecutable(endpoint, caller, options, restore)
+        return RemoteExecutable(endpoint, caller, options.timeout_s, options.lost_after_s, restore)
 
     def _upload(
         self, endpoint: Endpoint, name: str, whole: Callable[[], bytes], timeout_s: float, *, patient: bool = False
@@ -205,31 +202,38 @@ class RemoteExecutable(Executable):
     Args:
         endpoint: The server.
         caller: Calls the model.
-        options: Times.
+        timeout_s: How long a call may take.
+        lost_after_s: After how long without an answer the device counts as lost; None for never.
         restore: Sees within so many seconds that the server has the model, which it has forgotten if it was started
             anew; None if that is not ours to do.
     """
 
     def __init__(
-        self, endpoint: Endpoint, caller: Caller, options: Any, restore: Callable[[float], None] | None = None
+        self,
+        endpoint: Endpoint,
+        caller: Caller,
+        timeout_s: float,
+        lost_after_s: float | None = None,
+        restore: Callable[[float], None] | None = None,
     ) -> None:
-        self._endpoint, self._caller, self._options, self._restore = endpoint, caller, options, restore
+        self._endpoint, self._caller, self._restore = endpoint, caller, restore
+        self._timeout_s, self._lost_after_s = timeout_s, lost_after_s
         self._closed = False
 
     def run(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
         if self._closed:
             raise SessionClosed("The program was closed.", hint="Load it again.")
-        deadline = time.monotonic() + self._options.timeout_s
+        deadline = time.monotonic() + self._timeout_s
         try:
             try:
-                return self._caller.call(inputs, self._options.timeout_s)
+                return self._caller.call(inputs, self._timeout_s)
             except (ModelNotFound, ModelUnavailable) as error:
                 if self._restore is None or isinstance(error, Overloaded):
                     raise
             self._restore(_left(deadline))
             return self._caller.call(inputs, _left(deadline))
         except (DeviceError, RequestTimeout) as error:
-            if self._endpoint.failing_s() > self._options.lost_after_s:
+            if self._lost_after_s is not None and self._endpoint.failing_s() > self._lost_after_s:
                 raise DeviceLost(
                     f"{self._endpoint.address.endpoint} has not been reached for {self._endpoint.failing_s():.0f} s: "
                     f"{error.message}",

@@ -584,3 +584,51 @@ def test_a_model_that_was_unloaded_is_uploaded_again(server: Server, use: Any, o
             session.predict(draw(1))["scores"], oracle.predict(draw(1))["scores"], rtol=1e-5, atol=1e-6
         )
         assert session.stats().fallbacks == 0
+
+
+# Models that a server holds
+
+
+def test_a_model_that_a_server_holds_is_a_source(server: Server, tmp_path: Path) -> None:
+    url = f"{server.url}/double-first"
+    with accelrt.load(url) as session:
+        assert str(session.signature) == "(a: float32[?], b: int64[?]) -> (twice: float32[?], same: int64[?])"
+        for size in (3, 40_000):
+            a, b = np.arange(size, dtype=np.float32), np.arange(4)
+            for _ in range(2):
+                outputs = session.predict({"a": a, "b": b})
+                np.testing.assert_array_equal(outputs["twice"], a * 2)
+                np.testing.assert_array_equal(outputs["same"], b)
+        assert session.stats().engines == ("eia/served",)
+    artifact = accelrt.compile(f"{url}/1")
+    assert url in artifact.explain()
+    path = artifact.save(tmp_path / "there.accel")
+    with pytest.raises(accelrt.errors.UntrustedProgram):
+        accelrt.load(path)  # it would send what it is given to wherever the file says
+    with accelrt.load(path, trust=True) as session:
+        np.testing.assert_array_equal(session.predict({"a": np.float32([4]), "b": b})["twice"], [8])
+        server.kill()
+        with pytest.raises(ExecutionError, match="cannot be reached"):
+            session.predict({"a": np.float32([4]), "b": b})
+        server.start()
+        time.sleep(0.5)
+        np.testing.assert_array_equal(session.predict({"a": np.float32([4]), "b": b})["twice"], [8])
+
+
+def test_what_is_no_served_model(server: Server) -> None:
+    for url, said in (
+        (f"{server.url}/nobody", "no model 'nobody'"),
+        (server.url, "names no model"),
+        (f"{server.url}/slow/9", "version 9"),
+        ("grpc://127.0.0.1:1/model", "cannot be reached"),
+    ):
+        with pytest.raises(accelrt.errors.SourceError, match=said):
+            accelrt.load(url)
+    with pytest.raises(accelrt.errors.SourceError, match="no graph of it"):
+        accelrt.compile(f"{server.url}/slow", "cpu")
+    with pytest.raises(accelrt.errors.SourceError, match="names of its own"):
+        accelrt.compile(f"{server.url}/slow", input_names=["z"])
+    with pytest.raises(OptionError, match="no address"):
+        accelrt.load("grpc://a b/c")
+    with pytest.raises(accelrt.errors.SourceError, match="takes sources whole"):
+        accelrt.compile(MODEL, "eia/served")

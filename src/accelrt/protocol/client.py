@@ -14,6 +14,7 @@ import contextlib
 import random
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,17 @@ class ClientSettings:
     certificate: Path | None = None
     private_key: Path | None = None
     api_key: str | None = None
+
+    @classmethod
+    def of_environment(cls, environ: Mapping[str, str]) -> ClientSettings:
+        """Return settings as the environment says: ACCELRT_EIA_API_KEY, _CA, _CERTIFICATE and _KEY."""
+        ca, certificate, key = (environ.get(f"ACCELRT_EIA_{name}") for name in ("CA", "CERTIFICATE", "KEY"))
+        return cls(
+            ca=Path(ca) if ca else None,
+            certificate=Path(certificate) if certificate else None,
+            private_key=Path(key) if key else None,
+            api_key=environ.get("ACCELRT_EIA_API_KEY") or None,
+        )
 
     def __repr__(self) -> str:
         return (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -73,12 +74,17 @@ def datatype_of(array: Array) -> str:
     Raises:
         RequestError: The protocol has none for it.
     """
-    dtype = "string" if array.dtype.hasobject or array.dtype.kind in "SU" else array.dtype.name
+    return _datatype_of(array.dtype)
+
+
+@lru_cache(256)  # numpy makes the name of a dtype anew each time, in microseconds
+def _datatype_of(dtype: np.dtype[Any]) -> str:
+    name = "string" if dtype.hasobject or dtype.kind in "SU" else dtype.name
     try:
-        return DATATYPES[dtype]
+        return DATATYPES[name]
     except KeyError:
         raise RequestError(
-            f"The protocol cannot carry tensors of {array.dtype.name}.", hint=f"It has {', '.join(DTYPES)}."
+            f"The protocol cannot carry tensors of {dtype.name}.", hint=f"It has {', '.join(DTYPES)}."
         ) from None
 
 
