@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -76,15 +77,16 @@ class Caller:
             RequestTooLarge: The inputs are more than one message can hold.
             ExecutionError: The server answered with something else than the model's outputs.
         """
+        deadline = time.monotonic() + timeout_s
         arrays: dict[str, Array] = {name: np.asarray(value) for name, value in inputs.items()}
         if self._slots is not None and self._slots.refused == "":
             large = {n: a for n, a in arrays.items() if a.nbytes >= WORTH_SHARING and not a.dtype.hasobject}
             outputs = self._sizes.get(tuple(a.shape for a in arrays.values()), {})
             size = sum(aligned(a.nbytes) for a in large.values()) + sum(map(aligned, outputs.values()))
             if size:
-                with self._slots.take(size) as slot:
+                with self._slots.take(size, timeout_s / 2) as slot:
                     if slot is not None:
-                        found = self._shared(arrays, large, outputs, self._slots, *slot, timeout_s)
+                        found = self._shared(arrays, large, outputs, self._slots, *slot, deadline)
                         if found is not None:
                             return found
         if sum(array.nbytes for array in arrays.values()) > MOST_MESSAGE_BYTES - (1 << 16):
@@ -93,7 +95,9 @@ class Caller:
                 f"{MOST_MESSAGE_BYTES}.",
                 hint="Predict fewer rows at a time.",
             )
-        reply = self._endpoint.call(INFER, write_request(self._model.name, self._model.version, arrays), timeout_s)
+        reply = self._endpoint.call(
+            INFER, write_request(self._model.name, self._model.version, arrays), deadline - time.monotonic()
+        )
         return self._answer(arrays, reply, None)
 
     def close(self) -> None:
@@ -109,7 +113,7 @@ class Caller:
         slots: Slots,
         region: Region,
         start: int,
-        timeout_s: float,
+        deadline: float,
     ) -> dict[str, Value] | None:
         """Call with tensors in a slot; None if the server does not know the region any more."""
         at = start
@@ -129,7 +133,7 @@ class Caller:
                     self._written.clear()
                 self._written[key] = data
         try:
-            reply = self._endpoint.call(INFER, data, timeout_s)
+            reply = self._endpoint.call(INFER, data, deadline - time.monotonic())
         except RequestError:
             # A server that was started anew has forgotten the region; if the inputs are wrong, it will say so again.
             slots.lost(region)

@@ -40,7 +40,7 @@ from accelrt.errors import (
 from accelrt.graph.node import WEIGHTS_FILE, Node
 from accelrt.graph.types import Value
 from accelrt.protocol.address import Address, parse_address
-from accelrt.protocol.client import MOST_MESSAGE_BYTES, Endpoint
+from accelrt.protocol.client import MOST_MESSAGE_BYTES, ClientSettings, Endpoint
 from accelrt_eia.accelerators import Accelerators, addresses
 from accelrt_eia.calls import Caller, Model, carriable
 
@@ -256,6 +256,7 @@ def status() -> Status:
         if importlib.util.find_spec("grpc") is not None and importlib.util.find_spec("google.protobuf") is not None:
             try:
                 count = len(addresses(os.environ))
+                ClientSettings.of_environment(os.environ)
             except OptionError as error:
                 return Status(False, reason=error.message, remedy="export ACCELRT_EIA_ACCELERATORS=grpc://host:8001")
             return Status(True, version=f"gRPC, {count} endpoint{'s' * (count != 1)}")

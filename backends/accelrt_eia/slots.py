@@ -7,6 +7,7 @@ so that nothing is left behind whoever dies first; the memory is given back when
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import threading
@@ -35,32 +36,37 @@ def aligned(size: int) -> int:
 class Region:
     """A registered region of `SLOTS` slots of equal size."""
 
-    def __init__(self, endpoint: Endpoint, slot_bytes: int) -> None:
+    def __init__(self, endpoint: Endpoint, slot_bytes: int, within_s: float) -> None:
         self.name = f"accelrt-{os.getpid()}-{uuid.uuid4().hex[:16]}"
         self.slot_bytes = slot_bytes
         self.epoch = endpoint.epoch
         self._endpoint = endpoint
         self.free = list(range(SLOTS))
         path = FOLDER / self.name
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            # The lock goes with this process, by which an accelrt server knows that the region is not used any more.
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             # Taken in full now: writing to memory that is not there any more would kill this process.
-            os.posix_fallocate(descriptor, 0, slot_bytes * SLOTS)
-            self.memory = memoryview(mmap.mmap(descriptor, slot_bytes * SLOTS))
+            os.posix_fallocate(self._descriptor, 0, slot_bytes * SLOTS)
+            self.memory = memoryview(mmap.mmap(self._descriptor, slot_bytes * SLOTS))
             endpoint.ask(
                 "SystemSharedMemoryRegister",
-                _REGISTER_TIMEOUT_S,
+                within_s,
                 name=self.name,
                 key=f"/{self.name}",
                 offset=0,
                 byte_size=slot_bytes * SLOTS,
             )
+        except BaseException:
+            os.close(self._descriptor)
+            raise
         finally:
-            os.close(descriptor)
             path.unlink(missing_ok=True)
 
     def forget(self) -> None:
         """Tell the server that the region is not used any more."""
+        os.close(self._descriptor)
         with contextlib.suppress(AccelrtError):
             self._endpoint.ask("SystemSharedMemoryUnregister", _REGISTER_TIMEOUT_S, name=self.name)
 
@@ -75,14 +81,20 @@ class Slots:
         self._endpoint = endpoint
         self._lock = threading.Lock()
         self._region: Region | None = None
+        self._making = False
         self.refused = ""
 
     @contextlib.contextmanager
-    def take(self, size: int) -> Iterator[tuple[Region, int] | None]:
-        """Give a region and the offset of a slot of at least ``size`` bytes; None where a message is to be sent."""
+    def take(self, size: int, within_s: float) -> Iterator[tuple[Region, int] | None]:
+        """Give a region and the offset of a slot of at least ``size`` bytes; None where a message is to be sent.
+
+        Making a region may take ``within_s``.
+        """
+        self._prepare(size, min(within_s, _REGISTER_TIMEOUT_S))
         with self._lock:
-            region = self._fitting(size)
-            slot = region.free.pop() if region is not None and region.free else None
+            region = self._region
+            fits = region is not None and region.slot_bytes >= size and region.epoch == self._endpoint.epoch
+            slot = region.free.pop() if region is not None and fits and region.free else None
         if region is None or slot is None:
             yield None
             return
@@ -108,22 +120,29 @@ class Slots:
         if region is not None:
             region.forget()
 
-    def _fitting(self, size: int) -> Region | None:
-        region = self._region
-        if region is not None and region.slot_bytes >= size and region.epoch == self._endpoint.epoch:
-            return region
-        if self.refused or size * SLOTS > LARGEST_REGION:
-            return None
-        room = -(-size // _PAGE) * _PAGE
+    def _prepare(self, size: int, within_s: float) -> None:
+        """Make a region of slots of at least ``size`` bytes, if there is none; calls meanwhile send messages."""
+        with self._lock:
+            old = self._region
+            if old is not None and old.slot_bytes >= size and old.epoch == self._endpoint.epoch:
+                return
+            if self.refused or self._making or size * SLOTS > LARGEST_REGION:
+                return
+            self._making = True
+        made: Region | None = None
+        refused = ""
         try:
-            self._region = Region(self._endpoint, room)
+            made = Region(self._endpoint, -(-size // _PAGE) * _PAGE, within_s)
         except OSError as error:
-            self.refused = f"this machine: {error.strerror}"
-            return None
+            refused = f"this machine: {error.strerror}"
         except AccelrtError as error:
-            if not self._endpoint.failing_s():
-                self.refused = f"the server: {error.message}"
-            return None
-        if region is not None and len(region.free) == SLOTS:
-            region.forget()
-        return self._region
+            # One that cannot be reached has not refused anything.
+            refused = "" if self._endpoint.failing_s() else f"the server: {error.message}"
+        finally:
+            with self._lock:
+                self._making = False
+                self.refused = self.refused or refused
+                idle = made is not None and old is not None and len(old.free) == SLOTS
+                self._region = made or self._region
+        if idle and old is not None:
+            old.forget()

@@ -632,3 +632,144 @@ def test_what_is_no_served_model(server: Server) -> None:
         accelrt.load("grpc://a b/c")
     with pytest.raises(accelrt.errors.SourceError, match="takes sources whole"):
         accelrt.compile(MODEL, "eia/served")
+
+
+# Servers that are not what they say, and what they ask for
+
+
+@contextlib.contextmanager
+def impostor(answer: Any) -> Iterator[str]:
+    """Serve every method with a function of (method, bytes, context)."""
+    from concurrent import futures
+
+    import grpc
+
+    class Handler(grpc.GenericRpcHandler):  # type: ignore[misc]
+        def service(self, details: Any) -> Any:
+            method = details.method.rpartition("/")[2]
+            return grpc.unary_unary_rpc_method_handler(lambda data, context: answer(method, data, context))
+
+    pool = futures.ThreadPoolExecutor(4)
+    found = grpc.server(pool)
+    found.add_generic_rpc_handlers((Handler(),))
+    port = found.add_insecure_port("127.0.0.1:0")
+    found.start()
+    try:
+        yield f"grpc://127.0.0.1:{port}"
+    finally:
+        found.stop(0).wait()
+        pool.shutdown()
+
+
+def test_unavailable_from_a_server_that_lives_is_about_the_model() -> None:
+    import grpc
+
+    def answer(method: str, data: bytes, context: Any) -> bytes:
+        if method == "ServerLive":
+            return b"\x08\x01"
+        context.abort(grpc.StatusCode.UNAVAILABLE, "the model is not ready")
+        return b""
+
+    with impostor(answer) as url:
+        endpoint = Endpoint(parse_address(url))
+        with pytest.raises(accelrt.errors.ModelUnavailable, match="not ready"):
+            endpoint.call(INFER, b"", 10)
+        assert endpoint.failing_s() == 0
+
+
+def _lies() -> dict[str, bytes]:
+    from accelrt.protocol.messages import message
+    from accelrt.protocol.wire import REGION, write_response
+
+    right = np.zeros((1, 10), np.float32)
+    short = message("ModelInferResponse")(model_name="m")
+    short.outputs.add(name="scores", datatype="FP32", shape=[1, 10])
+    short.raw_output_contents.append(bytes(39))
+    return {
+        "rubbish": b"\xff" * 50,
+        "nothing": b"",
+        "other names": b"".join(write_response("m", "1", {"other": right})),
+        "another type": b"".join(write_response("m", "1", {"scores": right.astype(np.float64)})),
+        "memory elsewhere": b"".join(
+            write_response(
+                "m", "1", {"scores": right}, placed={"scores": {REGION: "mine", "shared_memory_byte_size": 40}}
+            )
+        ),
+        "too short": short.SerializeToString(),
+    }
+
+
+@pytest.mark.parametrize("lie", _lies())
+def test_answers_that_are_none_are_errors(lie: str) -> None:
+    from accelrt_eia.calls import Caller, Model
+
+    signature = accelrt.compile(MODEL, "cpu").signature
+    with impostor(lambda method, data, context: _lies()[lie]) as url:
+        caller = Caller(Endpoint(parse_address(url)), Model("m", "", signature), share=True)
+        with pytest.raises(ExecutionError, match="something else than the outputs"):
+            caller.call(draw(1), 10)
+
+
+def test_a_server_that_refuses_shared_memory_gets_messages(use: Any) -> None:
+    from accelrt.serve.shared_memory import SharedMemoryRegistry
+
+    sys.path.insert(0, str(SERVER.parent))
+    from small_service import standard
+
+    from .test_grpc_server import served
+
+    with served(standard(), regions=SharedMemoryRegistry(enabled=False)) as handle:
+        use(f"grpc://127.0.0.1:{handle.port}")
+        with accelrt.load(_identity(("x", "float32")), backend="eia/remote", fallback="error") as session:
+            x = np.ones((200, 300), np.float32)
+            for _ in range(2):
+                np.testing.assert_array_equal(session.predict(x)["x_out"], x.T)
+            assert "switched off" in _executable(session)._caller._slots.refused
+
+
+def test_regions_of_clients_that_died_are_forgotten(server: Server, use: Any) -> None:
+    use(server.url)
+    code = (
+        "import os, numpy as np, accelrt; from accelrt_eia import EiaBackend; from accelrt.registry import REGISTRY;"
+        "'eia' in REGISTRY.names() or accelrt.register(EiaBackend);"
+        "s = accelrt.load(os.environ['URL'] + '/echo-float32', fallback='error');"
+        "s.predict(np.zeros((300, 300), np.float32)); os._exit(0)"
+    )
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "URL": server.url}
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", code], check=True, env=environ, timeout=120)
+    with accelrt.load(f"{server.url}/echo-float32", fallback="error") as session:
+        session.predict(np.zeros((300, 300), np.float32))
+        regions = endpoint_of(server).ask("SystemSharedMemoryStatus", 5).regions
+        assert [name.split("-")[1] for name in regions] == [str(os.getpid())]
+    assert not list(Path("/dev/shm").glob("accelrt-*-*"))
+
+
+def test_mutual_tls_and_a_key(use: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from accelrt.serve.grpc import GrpcSettings
+
+    sys.path.insert(0, str(SERVER.parent))
+    from small_service import standard
+
+    from .test_grpc_server import make_certificates, served
+
+    make_certificates(tmp_path)
+    settings = GrpcSettings(
+        certificate=tmp_path / "server.pem",
+        private_key=tmp_path / "server.key",
+        client_ca=tmp_path / "ca.pem",
+        api_keys=("a-key-of-sufficient-length",),
+    )
+    x = np.ones((2, 3), np.float32)
+    with served(standard(), settings) as handle:
+        url = f"grpcs://localhost:{handle.port}/echo-float32"
+        for name, file in (("CA", "ca.pem"), ("CERTIFICATE", "client.pem"), ("KEY", "client.key")):
+            with pytest.raises(accelrt.errors.SourceError):
+                accelrt.load(url)
+            monkeypatch.setenv(f"ACCELRT_EIA_{name}", str(tmp_path / file))
+        with pytest.raises(accelrt.errors.SourceError, match="no API key"):
+            accelrt.load(url)
+        monkeypatch.setenv("ACCELRT_EIA_API_KEY", "a-key-of-sufficient-length")
+        assert "sufficient" not in repr(ClientSettings.of_environment(os.environ))
+        with accelrt.load(url) as session:
+            np.testing.assert_array_equal(session.predict(x)["y"], x)

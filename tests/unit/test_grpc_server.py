@@ -639,46 +639,26 @@ def test_api_keys() -> None:
             client.stop_stream()
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_certificates(folder: Path) -> None:
+    """Write an authority and certificates that it signed for a server and a client, all as PEM."""
     import subprocess
-
-    folder = tmp_path_factory.mktemp("tls")
 
     def openssl(*words: str) -> None:
         subprocess.run(["openssl", *words], check=True, cwd=folder, capture_output=True)
 
-    openssl(
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-keyout",
-        "ca.key",
-        "-out",
-        "ca.pem",
-        "-subj",
-        "/CN=ca",
-        "-days",
-        "2",
-    )
+    new = ("-newkey", "rsa:2048", "-nodes")
+    openssl("req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2")
     (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
     for name in ("server", "client"):
-        openssl(
-            "req",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-keyout",
-            f"{name}.key",
-            "-out",
-            f"{name}.csr",
-            "-subj",
-            f"/CN={name}",
-        )
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-out",
-                f"{name}.pem", "-days", "2", "-extfile", "names")  # fmt: skip
+        openssl("req", *new, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "names", "-days", "2")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signed)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tls")
+    make_certificates(folder)
     return folder
 
 
@@ -746,3 +726,36 @@ def test_health_as_load_balancers_ask_for_it(channel: Any) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary("/inference.GRPCInferenceService/Nothing")(b"", timeout=5)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_more_calls_than_are_taken_are_refused_at_once() -> None:
+    service = standard()
+    with (
+        served(service, GrpcSettings(max_calls=2)) as handle,
+        client_module.InferenceServerClient(f"127.0.0.1:{handle.port}") as client,
+    ):
+        answers: queue.Queue[Any] = queue.Queue()
+        x = [tensor("x", np.float32([1]), "FP32")]
+        for _ in range(6):
+            client.async_infer("slow", x, lambda result, error: answers.put(error))
+        codes = [error and error.status() for error in (answers.get(timeout=20) for _ in range(6))]
+        assert codes.count(None) == 2
+        assert codes.count("StatusCode.RESOURCE_EXHAUSTED") == 4
+
+
+def test_a_stream_takes_no_more_than_its_window_at_a_time() -> None:
+    service = standard(delay=0.1)
+    with (
+        served(service, GrpcSettings(stream_window=3)) as handle,
+        client_module.InferenceServerClient(f"127.0.0.1:{handle.port}") as client,
+    ):
+        answers: queue.Queue[Any] = queue.Queue()
+        client.start_stream(lambda result, error: answers.put(result))
+        for number in range(10):
+            client.async_stream_infer("slow", [tensor("x", np.float32([number]), "FP32")], request_id=str(number))
+        first = answers.get(timeout=20)
+        seen = len(service.models["slow"].seen)
+        rest = [answers.get(timeout=20) for _ in range(9)]
+        client.stop_stream()
+        assert [one.get_response().id for one in (first, *rest)] == [str(number) for number in range(10)]
+        assert seen <= 6

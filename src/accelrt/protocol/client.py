@@ -50,9 +50,18 @@ class ClientSettings:
     private_key: Path | None = None
     api_key: str | None = None
 
+    def __post_init__(self) -> None:
+        # gRPC's core ends the process where one of the two is missing.
+        if (self.certificate is None) != (self.private_key is None):
+            raise OptionError("A client's certificate and its private key go together; one of them is missing.")
+
     @classmethod
     def of_environment(cls, environ: Mapping[str, str]) -> ClientSettings:
-        """Return settings as the environment says: ACCELRT_EIA_API_KEY, _CA, _CERTIFICATE and _KEY."""
+        """Return settings as the environment says: ACCELRT_EIA_API_KEY, _CA, _CERTIFICATE and _KEY.
+
+        Raises:
+            OptionError: A certificate without its key, or the other way round.
+        """
         ca, certificate, key = (environ.get(f"ACCELRT_EIA_{name}") for name in ("CA", "CERTIFICATE", "KEY"))
         return cls(
             ca=Path(ca) if ca else None,
@@ -295,6 +304,9 @@ def _pem(path: Path | None) -> bytes | None:
     if path is None:
         return None
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}.") from error
+    if b"-----BEGIN" not in data:
+        raise OptionError(f"{path} is no PEM file.")
+    return data

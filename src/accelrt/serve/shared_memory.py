@@ -8,6 +8,7 @@ that touches it, and one that changes it while a model runs changes numbers that
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import stat
@@ -21,6 +22,10 @@ import numpy as np
 from accelrt.errors import ModelNotFound, NotAllowed, RequestError, RequestTooLarge
 
 FOLDER = Path("/dev/shm")
+
+OWN_PREFIX = "accelrt-"
+"""How the names of files of accelrt's own clients begin: they unlink a file once it is registered, and hold a shared
+lock on it for as long as they live."""
 
 _KEY = re.compile(r"/?([A-Za-z0-9_][A-Za-z0-9_.\-]{0,253})", re.ASCII)
 _MOST_OF_A_NAME = 256
@@ -81,6 +86,7 @@ class SharedMemoryRegistry:
             )
         if not 0 <= offset <= _MOST_OFFSET or not 0 < byte_size <= _MOST_OFFSET:
             raise RequestError(f"A region of {byte_size} bytes at offset {offset} is not possible.")
+        self._forget_abandoned()
         file = _File(self._folder, matched[1], key)
         try:
             if offset + byte_size > file.size():
@@ -161,6 +167,17 @@ class SharedMemoryRegistry:
         finally:
             file.release()
 
+    def _forget_abandoned(self) -> None:
+        """Let go of regions of accelrt's own clients that have died: their file has no name and no lock any more."""
+        with self._lock:
+            gone = [
+                name
+                for name, (region, file) in self._regions.items()
+                if region.key.lstrip("/").startswith(OWN_PREFIX) and file.abandoned()
+            ]
+        for name in gone:
+            self.unregister(name)
+
     def _hold(self, name: str, offset: int, byte_size: int) -> tuple[int, _File]:
         if byte_size > self._largest:
             raise RequestTooLarge(f"A tensor of {byte_size} bytes is larger than this server takes: {self._largest}.")
@@ -192,6 +209,16 @@ class _File:
 
     def size(self) -> int:
         return os.fstat(self.descriptor).st_size
+
+    def abandoned(self) -> bool:
+        if os.fstat(self.descriptor).st_nlink:
+            return False
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False  # its client holds the lock
+        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        return True
 
     def hold(self) -> None:
         with self._lock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -101,32 +100,35 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         """Answer the requests of one stream, in their order, several of them under way at a time."""
-        under_way: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(self._settings.stream_window)
+        in_order: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
+        room = asyncio.Semaphore(self._settings.stream_window)
+        under_way: set[asyncio.Task[Any]] = set()
 
         async def read() -> None:
             try:
                 async for data in requests:
                     if self._stopping.is_set():
                         break
-                    await under_way.put(asyncio.ensure_future(self._answer_in_stream(data, context)))
+                    await room.acquire()
+                    task = asyncio.ensure_future(self._answer_in_stream(data, context))
+                    under_way.add(task)
+                    in_order.put_nowait(task)
             finally:
-                await under_way.put(None)
+                in_order.put_nowait(None)
 
         reader = asyncio.ensure_future(read())
-        task: asyncio.Task[bytes] | None = None
         try:
-            while (task := await under_way.get()) is not None:
-                yield await task
+            while (task := await in_order.get()) is not None:
+                answer = await task
+                under_way.discard(task)
+                room.release()
+                yield answer
         finally:
-            reader.cancel()
-            left = [task] if task is not None else []
-            while not under_way.empty():
-                if (waiting := under_way.get_nowait()) is not None:
-                    left.append(waiting)
-            for waiting in left:
-                waiting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.gather(reader, *left, return_exceptions=True)
+            # The client went away, or all is answered and there is nothing left to cancel.
+            left = [reader, *under_way]
+            for one in left:
+                one.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
     async def health(self, data: bytes, context: Any) -> bytes:
         """Answer ``grpc.health.v1.Health/Check``; whatever service is named, the answer is the server's."""
