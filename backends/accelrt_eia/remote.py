@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 _MODEL = "model.onnx"
 _ASKING_S = 5.0
+_EXPORT = "export ACCELRT_EIA_ACCELERATORS=grpc://host:8001, and the other variables ACCELRT_EIA_* as documented"
 _REMEDY = "pip install 'accelrt[eia]'"
 
 
@@ -258,7 +259,7 @@ def status() -> Status:
                 count = len(addresses(os.environ))
                 ClientSettings.of_environment(os.environ)
             except OptionError as error:
-                return Status(False, reason=error.message, remedy="export ACCELRT_EIA_ACCELERATORS=grpc://host:8001")
+                return Status(False, reason=error.message.rstrip("."), remedy=_EXPORT)
             return Status(True, version=f"gRPC, {count} endpoint{'s' * (count != 1)}")
     return Status(False, reason="grpcio or protobuf is not installed", remedy=_REMEDY)
 
