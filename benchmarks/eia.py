@@ -70,7 +70,7 @@ def main() -> None:
         payload = image.tobytes()
         with (
             grpc.insecure_channel(f"127.0.0.1:{bare_port}", [("grpc.max_receive_message_length", -1)]) as channel,
-            accelrt.load(model, backend="cpu/onnxruntime") as local,
+            accelrt.load(model, backend="cpu/onnxruntime", options={"threads": 1}) as local,
             accelrt.load(model, backend="eia/remote", options={"shared_memory": False}, fallback="error") as message,
             accelrt.load(model, backend="eia/remote", fallback="error") as shared,
         ):

@@ -151,7 +151,9 @@ class SmallService:
             assert isinstance(data, bytes)
             (folder / file).write_bytes(data)
         try:
-            session = await asyncio.to_thread(accelrt.load, folder / "model.onnx", backend="cpu")
+            session = await asyncio.to_thread(
+                accelrt.load, folder / "model.onnx", backend="cpu", options={"threads": 1}
+            )
         except AccelrtError as error:
             raise RequestError(f"Model {name!r} cannot be loaded: {error}") from error
         self.models[name] = SmallModel(name, session.signature, lambda i: session.predict(_texts(i)), delay=self._delay)
