@@ -164,3 +164,16 @@ def test_errors_come_back_as_they_went() -> None:
     assert type(error_of("INTERNAL", "x", "ExecutionError")) is errors.ServingError
     assert isinstance(error_of("NOT_FOUND", ""), AccelrtError)
     assert type(error_of("NOT_FOUND", "x", "SystemExit")) is errors.ModelNotFound
+
+
+@pytest.mark.parametrize("name", ["m", "mo", "mod", "mode", "a-model-of-another-name"])
+def test_large_tensors_lie_aligned_in_a_request(name: str) -> None:
+    inputs = {"flag": np.ones(3, bool), "x": np.arange(5000.0), "y": np.arange(9000, dtype=np.float32)}
+    data = write_request(name, "", inputs)
+    ours = read_request(data)
+    for raw, (key, array) in zip(ours.raw, inputs.items(), strict=True):
+        found = np.frombuffer(raw, array.dtype)
+        np.testing.assert_array_equal(found, array)
+        assert key == "flag" or found.flags.aligned
+    theirs = message("ModelInferRequest").FromString(data)
+    assert list(theirs.raw_input_contents) == [array.tobytes() for array in inputs.values()]

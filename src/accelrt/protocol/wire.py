@@ -55,6 +55,14 @@ class WireInfer:
     raw: list[memoryview] = field(default_factory=list)
 
 
+_PADDING = 15
+"""The number of a field that the protocol does not have, and whose tag is one byte long."""
+
+_ALIGNMENT = 16
+"""Of what follows the head of a Python ``bytes``, and enough for every datatype."""
+
+_WORTH_ALIGNING = 16 << 10
+
 _remembered: dict[bytes, WireInfer] = {}
 
 
@@ -122,8 +130,16 @@ def write_request(
         body: list[Buffer] = [_text(1, name)]
         _parameters(body, 2, told)
         _enclose(parts, 6, body)
+    at = sum(map(len, parts))
     for buffer in raw:
+        start = at + 1 + len(_varint(len(buffer)))
+        if len(buffer) >= _WORTH_ALIGNING and start % _ALIGNMENT:
+            # A field that no reader knows moves the tensor to where it can be used without a copy.
+            padding = bytes((-start - 2) % _ALIGNMENT)
+            _bytes(parts, _PADDING, padding)
+            start += 2 + len(padding)
         _bytes(parts, 7, buffer)
+        at = start + len(buffer)
     return b"".join(parts)
 
 

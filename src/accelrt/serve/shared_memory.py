@@ -1,14 +1,17 @@
 """System shared memory: regions that clients on this machine name, from which tensors are read and to which they go.
 
 Whoever may register a region chooses what the server reads and writes, so that a key is a plain name below
-``/dev/shm`` and nothing else, links are not followed, and front ends let only clients of this machine in. Regions are
-read and written by system calls and never mapped: a client that shortens its file under a mapping kills the process
-that touches it, and one that changes it while a model runs changes numbers that were checked.
+``/dev/shm`` and nothing else, links are not followed, and front ends let only clients of this machine in.
+
+A file that is made shorter under a mapping kills the process that touches it. So files are mapped only where nobody but
+the server's own user and root can do that, who could kill it anyway; others are read and written by system calls, which
+takes some 0.1 ms longer for 602 kB. Tensors are copied in both cases: numbers that were checked do not change any more.
 """
 
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import re
 import stat
@@ -16,8 +19,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from accelrt.errors import ModelNotFound, NotAllowed, RequestError, RequestTooLarge
 
@@ -29,6 +30,7 @@ lock on it for as long as they live."""
 
 _KEY = re.compile(r"/?([A-Za-z0-9_][A-Za-z0-9_.\-]{0,253})", re.ASCII)
 _MOST_OF_A_NAME = 256
+_MOST_SPARES, _LARGEST_SPARE = 8, 16 << 20
 _MOST_OFFSET = 1 << 62
 
 
@@ -64,6 +66,7 @@ class SharedMemoryRegistry:
     ) -> None:
         self._enabled, self._prefix, self._most, self._largest, self._folder = enabled, prefix, most, largest, folder
         self._regions: dict[str, tuple[Region, _File]] = {}
+        self._spares: list[bytearray] = []
         self._lock = threading.Lock()
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
@@ -138,7 +141,10 @@ class SharedMemoryRegistry:
             # The size is checked before memory is taken for it; the read tells whether it still was so.
             if start + byte_size > file.size():
                 raise RequestError(f"The file of region {name!r} was made shorter after it was registered.")
-            buffer = np.empty(byte_size, np.uint8).data
+            buffer = self._buffer(byte_size)
+            if file.mapping is not None and start + byte_size <= len(file.mapping):
+                buffer[:] = file.mapping[start : start + byte_size]
+                return buffer
             done = 0
             while done < byte_size:
                 got = os.preadv(file.descriptor, [buffer[done:]], start + done)
@@ -159,6 +165,9 @@ class SharedMemoryRegistry:
             raise RequestError(f"An output of {len(data)} bytes does not fit the {room} bytes given in {name!r}.")
         start, file = self._hold(name, offset, room)
         try:
+            if file.mapping is not None and start + room <= min(len(file.mapping), file.size()):
+                file.mapping[start : start + len(data)] = data
+                return
             view, done = memoryview(data), 0
             while done < len(view):
                 done += os.pwrite(file.descriptor, view[done:], start + done)
@@ -166,6 +175,21 @@ class SharedMemoryRegistry:
             raise RequestError(f"Region {name!r} cannot be written: {error.strerror}.") from error
         finally:
             file.release()
+
+    def _buffer(self, byte_size: int) -> memoryview:
+        """Return memory for a tensor: that of an earlier one which nobody looks at any more, else new.
+
+        New memory of this size comes from the system page by page, which takes longer than filling it.
+        """
+        with self._lock:
+            for index, spare in enumerate(self._spares):
+                if byte_size <= len(spare) <= 2 * byte_size and _unseen(spare):
+                    self._spares.append(self._spares.pop(index))
+                    return memoryview(spare)[:byte_size]
+            made = bytearray(byte_size)
+            if byte_size <= _LARGEST_SPARE:
+                self._spares = [*self._spares[1 - _MOST_SPARES :], made]
+        return memoryview(made)
 
     def _forget_abandoned(self) -> None:
         """Let go of regions of accelrt's own clients that have died: their file has no name and no lock any more."""
@@ -193,6 +217,16 @@ class SharedMemoryRegistry:
         return region.offset + offset, file
 
 
+def _unseen(buffer: bytearray) -> bool:
+    """Tell whether no view of a buffer is left: only then can its size change."""
+    try:
+        buffer.append(0)
+    except BufferError:
+        return False
+    buffer.pop()
+    return True
+
+
 class _File:
     """An open file, closed when the last who holds it lets go."""
 
@@ -206,6 +240,17 @@ class _File:
             os.close(self.descriptor)
             raise NotAllowed(f"Shared memory {key!r} is not a plain file.")
         self._holders, self._lock = 1, threading.Lock()
+        self.mapping = self._map()
+
+    def _map(self) -> memoryview | None:
+        found = os.fstat(self.descriptor)
+        others_may_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if found.st_uid not in (os.geteuid(), 0) or others_may_write or found.st_size == 0:
+            return None
+        try:
+            return memoryview(mmap.mmap(self.descriptor, found.st_size))
+        except (OSError, ValueError):  # no room for it in this process
+            return None
 
     def size(self) -> int:
         return os.fstat(self.descriptor).st_size
@@ -229,4 +274,5 @@ class _File:
             self._holders -= 1
             last = self._holders == 0
         if last:
+            self.mapping = None  # unmapped when its last view is gone
             os.close(self.descriptor)
