@@ -100,9 +100,10 @@ class Accelerators:
             Device(
                 "eia",
                 index,
-                f"{address.endpoint}, {health.problem or health.server}",
+                # Recorded figures belong to a machine by such descriptions: what changes by itself is not in them.
+                f"{address.endpoint}, {'unreachable' if health.problem else health.server}",
                 None,
-                {"address": address.endpoint, "health": "unreachable" if health.problem else "ready"},
+                {"address": address.endpoint, "health": health.problem or "ready"},
             )
             for index, (address, health) in enumerate(zip(named, found, strict=True))
         )

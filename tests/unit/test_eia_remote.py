@@ -212,8 +212,8 @@ def test_the_environment_names_accelerators(backend: EiaBackend, use: Any, serve
     first, second = backend.devices()
     assert (first.name, first.properties["health"]) == ("eia:0", "ready")
     assert "accelrt" in first.description
-    assert (second.name, second.properties["health"]) == ("eia:1", "unreachable")
-    assert "cannot be reached" in second.description
+    assert (second.name, second.description) == ("eia:1", "grpc://127.0.0.1:1, unreachable")
+    assert "cannot be reached" in second.properties["health"]
     start = time.perf_counter()
     backend.devices()
     assert time.perf_counter() - start < 0.5  # it is remembered

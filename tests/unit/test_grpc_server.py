@@ -782,3 +782,16 @@ def test_a_stream_takes_no_more_than_its_window_at_a_time() -> None:
         client.stop_stream()
         assert [one.get_response().id for one in (first, *rest)] == [str(number) for number in range(10)]
         assert seen <= 6
+
+
+def test_who_is_on_this_machine() -> None:
+    from accelrt.serve.grpc.access import is_local
+    from accelrt.serve.grpc.control import local_regions
+
+    for peer in ("ipv4:127.0.0.1:5", "ipv4:127.8.0.1:5", "ipv6:[::1]:5", "ipv6:%5B::1%5D:5", "unix:/run/s"):
+        assert is_local(peer)
+    registry = SharedMemoryRegistry()
+    for peer in ("ipv4:10.0.0.1:5", "ipv6:[2001:db8::1]:5", "ipv4:1270.0.0.1:5", "", "ipv6:[::11]:5"):
+        assert not is_local(peer)
+        with pytest.raises(NotAllowed, match="own machine"):
+            local_regions(registry, peer)
