@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelrt.errors import OptionError
@@ -44,7 +44,7 @@ class GrpcSettings:
     certificate: Path | None = None
     private_key: Path | None = None
     client_ca: Path | None = None
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     shared_memory: bool = True
 
     def __post_init__(self) -> None:
