@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test suite lint types docs build bench clean
+.PHONY: demo test suite lint types docs protocol build bench clean
 
 # torch first and from pip: with the pinned release installed, nothing later pulls another build of it.
 $(VENV)/.test: pyproject.toml
@@ -39,12 +39,16 @@ types: $(VENV)/.test
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+protocol: $(VENV)/.test
+	cd src && ../$(VENV)/bin/python -m grpc_tools.protoc -I. --include_imports \
+		--descriptor_set_out=accelrt/protocol/messages.binpb accelrt/protocol/inference.proto
+
 build: $(VENV)/.test
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 
 bench: $(VENV)/.test
-	for script in predict_overhead import_cost cut_cost reload precision offline cuts auto scheduler pipeline; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in predict_overhead import_cost cut_cost reload precision offline cuts auto scheduler pipeline eia; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

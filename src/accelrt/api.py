@@ -10,6 +10,7 @@ from accelrt import options as option_module
 from accelrt.artifact.artifact import Artifact, is_artifact, open_artifact
 from accelrt.errors import ConversionError, OptionError
 from accelrt.policy import check as check_policy
+from accelrt.protocol.address import is_address
 from accelrt.registry import REGISTRY, takes_whole
 from accelrt.sources.request import SourceRequest
 from accelrt.target import AUTO, parse_groups, requested
@@ -59,7 +60,8 @@ def compile(
     Args:
         model: ONNX (path, bytes, ``onnx.ModelProto``, ``onnx_ir.Model``), PyTorch (``nn.Module``,
             ``ExportedProgram``, ``ScriptModule``, a ``.pt2`` or TorchScript file) or TensorFlow (a SavedModel folder,
-            ``.keras`` file or frozen graph, ``keras.Model``, ``tf.function``, ``tf.Module``).
+            ``.keras`` file or frozen graph, ``keras.Model``, ``tf.function``, ``tf.Module``), or a model that a server
+            holds (``grpc://host:8001/name``, with ``/version`` if one is meant).
         backend: A target, ``backend[/engine][:devices]`` or ``auto``; if absent that of ``ACCELRT_BACKEND``, else
             ``cpu``.
         example_inputs: Inputs the model accepts, positional or by name. PyTorch modules, TorchScript and
@@ -119,9 +121,11 @@ def compile(
         ExecutionError: With ``tune``, the model fails on the inputs that were given.
     """
     from accelrt.precision.plan import plan, precision_named
+    from accelrt.sources import served
 
     policy = check_policy(fallback)
-    target = requested(backend)
+    # A model that a server holds can be predicted with there and nowhere else, whatever is the default.
+    target = requested(served.TARGET if backend is None and served.recognises(model) else backend)
     asked = None if precision is None else precision_named(precision)
     wishes = {
         "objective": objective,
@@ -295,7 +299,7 @@ def load(
 def _as_artifact(model: Any, trust: bool) -> Artifact | None:
     if isinstance(model, Artifact):
         return model
-    if isinstance(model, str | Path) or hasattr(model, "__fspath__"):
+    if (isinstance(model, str | Path) and not is_address(model)) or hasattr(model, "__fspath__"):
         path = Path(model)
         if is_artifact(path):
             return open_artifact(path, trust=trust)

@@ -27,11 +27,17 @@ API_VERSION = 1
 """Raised when the contract changes in a way that breaks engines; a plug-in of another version is refused."""
 
 WHOLE_FILES: Mapping[str, str] = MappingProxyType(
-    {"torch.export": "model.pt2", "torchscript": "model.pt", "saved_model": "saved_model.zip"}
+    {
+        "torch.export": "model.pt2",
+        "torchscript": "model.pt",
+        "saved_model": "saved_model.zip",
+        "open-inference": "endpoint.json",
+    }
 )
 """The forms in which a source is handed over whole, and the file that holds it: an exported program as
 ``torch.export.save`` writes it, TorchScript, and a SavedModel folder as a zip without compression, in which
-`SAVED_MODEL_BINDING` says how its signature is called."""
+`SAVED_MODEL_BINDING` says how its signature is called. A model that a server of the Open Inference Protocol holds is
+JSON: ``address``, as `accelrt.protocol.address` has it, with the model's name."""
 
 SAVED_MODEL_BINDING = "accelrt.json"
 """JSON: ``signature``, the name of one; ``inputs`` and ``outputs``, its arguments and results in the order of the

@@ -21,7 +21,8 @@ BACKENDS = ROOT / "backends"
 LAYERS = (
     ("errors", "data", "nature"),
     ("graph", "policy", "isolation"),
-    ("backend", "target", "cores"),
+    # protocol: what both ends of a network connection mean by the same bytes, a server's front end and a backend.
+    ("backend", "target", "cores", "protocol"),
     ("registry",),
     ("sources", "options", "partition", "precision", "inventory"),
     ("artifact",),
@@ -35,7 +36,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # cores: a backend cuts its devices into groups by its vendor's variables, and the scheduler has to mean the same by them.
-BACKENDS_MAY_IMPORT = {"backend", "cores", "errors", "graph", "isolation"}
+BACKENDS_MAY_IMPORT = {"backend", "cores", "errors", "graph", "isolation", "protocol"}
 HEAVY = (
     "onnx",
     "onnx_ir",
@@ -49,6 +50,8 @@ HEAVY = (
     "mlperf_loadgen",
     "fastapi",
     "msgspec",
+    "grpc",
+    "google.protobuf",
 )
 
 

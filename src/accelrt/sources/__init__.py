@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelrt.errors import ConversionError, GraphError, OptionError, SourceError
-from accelrt.sources import tensorflow_files, torch_files
+from accelrt.sources import served, tensorflow_files, torch_files
 from accelrt.sources.request import SourceOptions, SourceRequest
 from accelrt.sources.whole import WholeModel, WholeSource, open_whole, whole_source
 
@@ -31,7 +31,7 @@ __all__ = [
 ACCEPTED = (
     "Accepted: ONNX (a path, bytes, onnx.ModelProto, onnx_ir.Model), PyTorch (nn.Module, ExportedProgram, .pt2, "
     "ScriptModule, TorchScript .pt), TensorFlow (SavedModel folder, .keras, frozen graph .pb, keras.Model, "
-    "tf.function, tf.Module)."
+    "tf.function, tf.Module), or a model that a server holds (grpc://host:8001/name)."
 )
 
 
@@ -56,6 +56,11 @@ def open_source(model: Any, request: SourceRequest) -> Source:
         ConversionError: Recognised, and its framework cannot write it as ONNX; `whole_source` may still have it.
         GraphError: The ONNX model is not valid.
     """
+    if served.recognises(model):
+        raise SourceError(
+            f"{str(model)[:200]} is a model that a server holds; there is no graph of it to compile.",
+            hint=f"Only {served.TARGET!r} predicts with it. Leave the target out.",
+        )
     if isinstance(model, str | Path) or hasattr(model, "__fspath__"):
         return _open_path(Path(model), request)
     if isinstance(model, bytes | bytearray | memoryview):

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class WholeSource:
     """A source that can be had whole. Nothing has been paid for it until it is written.
 
     Attributes:
-        framework: ``torch`` or ``tensorflow``.
+        framework: ``torch``, ``tensorflow``, or ``open-inference`` for a model that a server holds.
         formats: What it can be written as, best first.
         capture: Writes it into an empty folder in one of the formats that are accepted.
     """
@@ -100,8 +101,10 @@ def whole_source(model: Any, request: SourceRequest) -> WholeSource | None:
 
     Looks at the kind of the model alone: what is wrong with it shows when it is written.
     """
-    from accelrt.sources import tensorflow_files, torch_files
+    from accelrt.sources import served, tensorflow_files, torch_files
 
+    if served.recognises(model):
+        return WholeSource("open-inference", (served.FORMAT,), partial(served.write, model, request))
     if isinstance(model, str | Path) or hasattr(model, "__fspath__"):
         model = Path(model)
         kind = torch_files.recognises_file(model)

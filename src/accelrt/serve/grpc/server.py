@@ -1,0 +1,251 @@
+"""The server: gRPC's asyncio server in the caller's event loop, with bytes in and bytes out where tensors travel."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from time import monotonic_ns
+from typing import Any
+
+import grpc
+
+from accelrt.errors import AccelrtError, ModelUnavailable, OptionError, RequestError, ServingError
+from accelrt.protocol.faults import KIND, RETRY_AFTER, code_of
+from accelrt.protocol.messages import METHODS
+from accelrt.protocol.wire import read_request, write_stream_response
+from accelrt.serve.grpc.access import Keys
+from accelrt.serve.grpc.control import ABSENT, Control, local_regions
+from accelrt.serve.grpc.settings import GrpcSettings
+from accelrt.serve.grpc.tensors import request_of, response_of, uses_shared_memory
+from accelrt.serve.interface import ServedModel, Service
+from accelrt.serve.shared_memory import SharedMemoryRegistry
+
+_LOG = logging.getLogger(__name__)
+
+_HEALTH = "/grpc.health.v1.Health/Check"
+_SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"
+_LONGEST_DETAILS = 2000
+"""Characters of an error's message: it travels in a header, and clients limit those to 8 KiB."""
+
+
+class Handle:
+    """A server that runs; ``port`` is where it listens."""
+
+    def __init__(self, server: grpc.aio.Server, port: int, stopping: asyncio.Event) -> None:
+        self._server, self.port, self._stopping = server, port, stopping
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new calls, wait up to ``grace_s`` seconds for those under way, and cut off the rest."""
+        self._stopping.set()
+        await self._server.stop(grace_s)
+
+
+async def serve(service: Service, settings: GrpcSettings, regions: SharedMemoryRegistry | None) -> Handle:
+    """Start a server; see `accelrt.serve.grpc.start`."""
+    if regions is None:
+        regions = SharedMemoryRegistry(enabled=settings.shared_memory, largest=settings.max_message_bytes)
+    credentials = _credentials(settings)
+    server = grpc.aio.server(options=_options(settings), maximum_concurrent_rpcs=settings.max_calls)
+    stopping = asyncio.Event()
+    front = FrontEnd(service, regions, settings, stopping)
+    server.add_generic_rpc_handlers((front,))
+    address = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
+    try:
+        port = (
+            server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+        )
+        if port == 0:
+            raise RuntimeError("the port cannot be had")
+    except RuntimeError as error:
+        raise ServingError(
+            f"gRPC cannot listen on {address}: {error}.", hint="Is another server running there?"
+        ) from error
+    await server.start()
+    return Handle(server, port, stopping)
+
+
+class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Finds what answers a method, for callers who may call it."""
+
+    def __init__(
+        self, service: Service, regions: SharedMemoryRegistry, settings: GrpcSettings, stopping: asyncio.Event
+    ) -> None:
+        self._service, self._regions, self._settings, self._stopping = service, regions, settings, stopping
+        self._keys = Keys(settings.api_keys)
+        self._refused = grpc.stream_stream_rpc_method_handler(_refuse_key)
+        control = Control(service, regions).methods()
+        self._handlers = {
+            "ModelInfer": grpc.unary_unary_rpc_method_handler(self.infer),
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self.stream),
+            **{name: _control_handler(name, method) for name, method in control.items()},
+            **{name: grpc.unary_unary_rpc_method_handler(_absent(reason)) for name, reason in ABSENT.items()},
+        }
+        self._handlers = {METHODS[name].path: handler for name, handler in self._handlers.items()}
+        self._handlers[_HEALTH] = grpc.unary_unary_rpc_method_handler(self.health)
+
+    def service(self, details: Any) -> Any:
+        """Return the handler of a call; None makes it UNIMPLEMENTED."""
+        if not self._keys.admit(details.method, details.invocation_metadata):
+            return self._refused
+        return self._handlers.get(details.method)
+
+    async def infer(self, data: bytes, context: Any) -> bytes:
+        """Answer one ``ModelInfer``."""
+        try:
+            return b"".join(await self._answer(data, context, streamed=False))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a status and the server goes on
+            return bytes(await _abort(context, error))
+
+    async def stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        """Answer the requests of one stream, in their order, several of them under way at a time."""
+        in_order: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
+        room = asyncio.Semaphore(self._settings.stream_window)
+        under_way: set[asyncio.Task[Any]] = set()
+
+        async def read() -> None:
+            try:
+                async for data in requests:
+                    if self._stopping.is_set():
+                        break
+                    await room.acquire()
+                    task = asyncio.ensure_future(self._answer_in_stream(data, context))
+                    under_way.add(task)
+                    in_order.put_nowait(task)
+            finally:
+                in_order.put_nowait(None)
+
+        reader = asyncio.ensure_future(read())
+        try:
+            while (task := await in_order.get()) is not None:
+                answer = await task
+                under_way.discard(task)
+                room.release()
+                yield answer
+        finally:
+            # The client went away, or all is answered and there is nothing left to cancel.
+            left = [reader, *under_way]
+            for one in left:
+                one.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+    async def health(self, data: bytes, context: Any) -> bytes:
+        """Answer ``grpc.health.v1.Health/Check``; whatever service is named, the answer is the server's."""
+        return _SERVING if self._service.ready() and not self._stopping.is_set() else _NOT_SERVING
+
+    async def _answer(self, data: bytes, context: Any, *, streamed: bool) -> list[bytes | memoryview]:
+        arrived = monotonic_ns()
+        wire = read_request(data)
+        if uses_shared_memory(wire):
+            local_regions(self._regions, context.peer())
+        model: ServedModel | None = self._service.find(wire.model_name, wire.model_version)
+        if model is None:
+            model = await self._service.model(wire.model_name, wire.model_version)
+        request, answering = request_of(wire, self._regions, arrived)
+        if not streamed and (left := context.time_remaining()) is not None:
+            # What is not begun when the client stops waiting need not be begun at all.
+            left_us = max(1, int(left * 1e6))
+            request.timeout_us = min(request.timeout_us, left_us) if request.timeout_us else left_us
+        response = model.infer_now(request)
+        if response is None:
+            response = await model.infer(request)
+        return response_of(response, answering, self._regions, streamed=streamed)
+
+    async def _answer_in_stream(self, data: bytes, context: Any) -> bytes:
+        try:
+            return write_stream_response(await self._answer(data, context, streamed=True))
+        except Exception as error:  # noqa: BLE001 - an error answers its own request; the stream goes on
+            _, details = _status(error)
+            return write_stream_response(_error_head(data), details)
+
+
+def _error_head(data: bytes) -> list[bytes | memoryview]:
+    """Return a response without tensors, so that a client knows which of its requests an error belongs to."""
+    from accelrt.protocol.wire import write_response
+
+    try:
+        wire = read_request(data)
+    except RequestError:
+        return []
+    return write_response(wire.model_name, wire.model_version, {}, id=wire.id)
+
+
+def _control_handler(name: str, answer: Callable[[Any, str], Awaitable[Any]]) -> Any:
+    method = METHODS[name]
+
+    async def handle(request: Any, context: Any) -> Any:
+        try:
+            return await answer(request, context.peer())
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a status and the server goes on
+            return await _abort(context, error)
+
+    return grpc.unary_unary_rpc_method_handler(
+        handle, request_deserializer=method.request.FromString, response_serializer=method.response.SerializeToString
+    )
+
+
+def _absent(reason: str) -> Callable[[bytes, Any], Awaitable[bytes]]:
+    async def refuse(data: bytes, context: Any) -> bytes:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{reason} by this server.")
+        raise AssertionError  # abort raises
+
+    return refuse
+
+
+async def _refuse_key(requests: AsyncIterator[bytes], context: Any) -> None:
+    # Whatever the method is, it is answered as a stream would be: before anything of the request is read.
+    await context.abort(
+        grpc.StatusCode.UNAUTHENTICATED,
+        "The call carries no API key that this server knows. Send the metadata 'authorization: Bearer <key>'.",
+        ((KIND, "NotAllowed"),),
+    )
+
+
+def _status(error: Exception) -> tuple[Any, str]:
+    if isinstance(error, AccelrtError):
+        return grpc.StatusCode[code_of(error)], " ".join(str(error).split())[:_LONGEST_DETAILS]
+    _LOG.error("A call failed", exc_info=error)
+    return grpc.StatusCode.INTERNAL, f"The server failed with {type(error).__name__}; its log says more."
+
+
+async def _abort(context: Any, error: Exception) -> Any:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    code, details = _status(error)
+    trailing = [(KIND, type(error).__name__)] if isinstance(error, AccelrtError) else []
+    if isinstance(error, ModelUnavailable) and error.retry_after_s is not None:
+        trailing.append((RETRY_AFTER, str(int(error.retry_after_s * 1000))))
+    await context.abort(code, details, tuple(trailing))
+
+
+def _options(settings: GrpcSettings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", settings.max_streams),
+        ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, not a way to share load
+        ("grpc.keepalive_time_ms", int(settings.keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_s * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(settings.least_ping_s * 1000)),
+        ("grpc.http2.max_ping_strikes", 2),
+    ]
+
+
+def _credentials(settings: GrpcSettings) -> grpc.ServerCredentials | None:
+    if settings.certificate is None or settings.private_key is None:
+        return None
+    pair = (_pem(settings.private_key), _pem(settings.certificate))
+    ca = _pem(settings.client_ca) if settings.client_ca is not None else None
+    return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+
+
+def _pem(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read: {error.strerror}.") from error
+    if b"-----BEGIN" not in data:
+        raise OptionError(f"{path} is no PEM file.")
+    return data
