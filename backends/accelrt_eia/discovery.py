@@ -1,9 +1,9 @@
 """Which of Amazon's Elastic Inference accelerators this machine has, and whether a client for them is installed.
 
 The client kills its process where it finds none, so nothing of it is ever imported here. Accelerators are listed by the
-vendor's tool, ``ei describe-accelerators -j``; where there is no tool, by the banner that the client prints when a graph
-of one addition is run in a process of its own. Names of the tool's JSON fields are from the vendor's user guide as
-remembered, and were seen nowhere: the reader takes several spellings, and other output as the banner.
+vendor's tool, ``ei describe-accelerators -j``; where there is no tool, by the banner that the client prints when a
+graph of one addition is run in a process of its own. Names of the tool's JSON fields are from the vendor's user guide
+as remembered, and were seen nowhere: the reader takes several spellings, and other output as the banner.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ MEMORY: Mapping[str, int] = {
 """Bytes of memory by type, as the vendor's table of accelerator types had them."""
 
 CLOSED = (
-    "Amazon took no new customers for Elastic Inference from 2023-04-15 on and has closed the service since, so that no "
-    "accelerator can be had any more"
+    "Amazon took no new customers for Elastic Inference from 2023-04-15 on and has closed the service since, so that "
+    "no accelerator can be had any more"
 )
 INSTEAD = "run the model elsewhere: ACCELRT_BACKEND=cpu, or eia/remote for an accelerator of your own over the network"
 
@@ -209,9 +209,7 @@ def _banner_entries(text: str) -> tuple[Accelerator, ...]:
     types = re.findall(r"Accelerator Type:\s*(\S+)", text)
     count = re.search(r"Number of Elastic Inference Accelerators Available:\s*(\d+)", text)
     number = min(max(len(ids), int(count.group(1)) if count else 0), _MOST)
-    return tuple(
-        Accelerator(place, _at(ids, place), _at(types, place), "unknown", "banner") for place in range(number)
-    )
+    return tuple(Accelerator(place, _at(ids, place), _at(types, place), "unknown", "banner") for place in range(number))
 
 
 _MOST = 64

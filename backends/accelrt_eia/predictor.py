@@ -50,8 +50,10 @@ class PredictorEngine(VendorEngine):
     )
 
     def installed(self) -> bool:
-        return self.sdk.interpreter() is not None or _is_here("ei_for_tf", "python") or _is_here(
-            "tensorflow", "contrib/ei"
+        return (
+            self.sdk.interpreter() is not None
+            or _is_here("ei_for_tf", "python")
+            or _is_here("tensorflow", "contrib/ei")
         )
 
     def needs_accelerator(self) -> bool:

@@ -1,4 +1,4 @@
-# ruff: noqa: UP006, UP035, RUF100 - written for the vendor's Python, which is 3.6
+# ruff: noqa: UP006, UP035, B905 - written for the vendor's Python, which is 3.6
 """The end of the wire where the vendor's Python is: a script that drives ``EIPredictor`` and PyTorch's EI builds.
 
 Amazon's packages were built for Python 3.6 and 3.7, accelrt needs 3.11. So this file is run as a script by another
@@ -15,7 +15,8 @@ import json
 import os
 import sys
 import tempfile
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 
@@ -27,7 +28,7 @@ MANY = 1 << 31
 """Bytes of a header that nobody sends."""
 
 
-def read(stream: Any) -> Optional[Tuple[Dict[str, Any], List[Any]]]:
+def read(stream: Any) -> Tuple[Dict[str, Any], List[Any]] | None:
     """Read a message; None where the other side has closed the pipe."""
     length = stream.readline()
     if not length:
@@ -102,7 +103,7 @@ def predictor_class() -> Any:
         try:
             return importlib.import_module(name).EIPredictor
         except (ImportError, AttributeError) as error:
-            problems.append("%s: %s" % (name, error))
+            problems.append(f"{name}: {error}")
     raise ImportError("; ".join(problems))
 
 
@@ -116,7 +117,7 @@ def predictor_facts() -> Dict[str, Any]:
 
     found = predictor_class()
     return {
-        "versions": {"tensorflow": str(tf.__version__), "python": "%d.%d" % sys.version_info[:2]},
+        "versions": {"tensorflow": str(tf.__version__), "python": f"{sys.version_info[0]}.{sys.version_info[1]}"},
         "api": found.__module__,
         "parameters": _parameters(found.__init__)[1:],
     }
@@ -150,12 +151,10 @@ def try_predictor(ordinal: int) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(graph.as_graph_def().SerializeToString())
-        predictor = make_predictor(
-            ordinal, True, model_dir=path, input_names={"x": "x:0"}, output_names={"y": "y:0"}
-        )
+        predictor = make_predictor(ordinal, True, model_dir=path, input_names={"x": "x:0"}, output_names={"y": "y:0"})
         predictor({"x": np.ones([1], np.float32)})
     finally:
-        os.remove(path)
+        Path(path).unlink()
 
 
 def open_predictor(header: Dict[str, Any]) -> Callable[[Dict[str, Any]], Dict[str, Any]]:
@@ -182,21 +181,21 @@ def torch_api() -> str:
     import torch
 
     try:
-        torcheia = importlib.import_module("torcheia")
+        torcheia: Any = importlib.import_module("torcheia")
     except ImportError:
-        torcheia = None  # type: ignore[assignment]
+        torcheia = None
     if torcheia is not None and hasattr(torcheia, "jit") and hasattr(torcheia.jit, "attach_eia"):
         return "torcheia"
     if len(_parameters(torch.jit.optimized_execution)) > 1:
         return "optimized_execution"
-    raise ImportError("torch %s is PyTorch without Elastic Inference, and there is no torcheia" % torch.__version__)
+    raise ImportError(f"torch {torch.__version__} is PyTorch without Elastic Inference, and there is no torcheia")
 
 
 def torch_facts() -> Dict[str, Any]:
     """Return versions and which interface is here."""
     import torch
 
-    versions = {"torch": str(torch.__version__), "python": "%d.%d" % sys.version_info[:2]}
+    versions = {"torch": str(torch.__version__), "python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
     return {"versions": versions, "api": torch_api()}
 
 
@@ -205,10 +204,8 @@ def attached(module: Any, ordinal: int) -> Callable[..., Any]:
     import torch
 
     if torch_api() == "torcheia":
-        import torcheia  # type: ignore[import-not-found]
-
         torch._C._jit_set_profiling_executor(False)
-        bound = torcheia.jit.attach_eia(module, ordinal)
+        bound = importlib.import_module("torcheia").jit.attach_eia(module, ordinal)
 
         def run_attached(*tensors: Any) -> Any:
             with torch.no_grad(), torch.jit.optimized_execution(True):
@@ -217,7 +214,7 @@ def attached(module: Any, ordinal: int) -> Callable[..., Any]:
         return run_attached
 
     def run_targeted(*tensors: Any) -> Any:
-        with torch.no_grad(), torch.jit.optimized_execution(True, {"target_device": "eia:%d" % ordinal}):
+        with torch.no_grad(), torch.jit.optimized_execution(True, {"target_device": f"eia:{ordinal}"}):
             return module(*tensors)
 
     return run_targeted
@@ -247,7 +244,7 @@ def open_torch(header: Dict[str, Any]) -> Callable[[Dict[str, Any]], Dict[str, A
     def run(inputs: Dict[str, Any]) -> Dict[str, Any]:
         found = _tensors(run_module(*[torch.from_numpy(inputs[name]) for name in names]))
         if len(found) != len(results):
-            raise RuntimeError("the program returned %d tensors, not %d" % (len(found), len(results)))
+            raise RuntimeError(f"the program returned {len(found)} tensors, not {len(results)}")
         return {name: value.detach().cpu().numpy() for name, value in zip(results, found)}
 
     return run
@@ -268,5 +265,8 @@ OPENERS = {"predictor": open_predictor, "torcheia": open_torch}
 
 
 if __name__ == "__main__":
+    # Python has put the folder of this script first, where a module has the name of one of the vendor's packages.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
     with os.fdopen(int(sys.argv[1]), "rb") as requests, os.fdopen(int(sys.argv[2]), "wb") as answers:
         serve(requests, answers)

@@ -167,8 +167,8 @@ def test_the_script_is_one_that_python_3_6_runs() -> None:
     imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert "__future__" not in imported, "annotations of the future are of 3.7"
-    assert imported <= {"importlib", "inspect", "json", "numpy", "os", "sys", "tempfile", "typing", "tensorflow",
-                        "torch", "torcheia"}  # fmt: skip
+    assert imported <= {"importlib", "inspect", "json", "numpy", "os", "pathlib", "sys", "tempfile", "typing", "tensorflow",
+                        "torch"}  # fmt: skip
 
 
 def test_a_python_that_is_not_there_is_said_so() -> None:
@@ -361,3 +361,74 @@ def test_asked_for_by_name_and_not_there(backend: str) -> None:
 
     with pytest.raises(BackendUnavailable, match="closed the service"):
         accelrt.compile(digits_model(), f"{backend}/predictor")
+
+
+# What the script makes of the vendor's signatures, without the vendor
+
+
+class Recorded:
+    """Notes what it was constructed with; its parameters are the test's."""
+
+    calls: ClassVar[list[dict[str, Any]]] = []
+
+
+def predictor_like(parameters: str) -> type:
+    scope: dict[str, Any] = {"Recorded": Recorded}
+    exec(f"def __init__{parameters}: Recorded.calls.append(dict(locals()))", scope)
+    return type("EIPredictor", (), {"__init__": scope["__init__"]})
+
+
+def test_the_ordinal_goes_where_the_build_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    Recorded.calls.clear()
+    monkeypatch.setattr(vendor_side, "predictor_class", lambda: predictor_like(DOCUMENTED))
+    vendor_side.make_predictor(2, True, model_dir="m", signature_def_key="k")
+    assert (Recorded.calls[-1]["accelerator_id"], Recorded.calls[-1]["use_ei"]) == (2, True)
+    assert "EI_VISIBLE_DEVICES" not in vendor_side.os.environ
+
+    old = DOCUMENTED.replace(", accelerator_id=0", "")
+    monkeypatch.setattr(vendor_side, "predictor_class", lambda: predictor_like(old))
+    monkeypatch.setenv("EI_VISIBLE_DEVICES", "eia-a,eia-b,eia-c")
+    vendor_side.make_predictor(2, True, model_dir="m")
+    assert vendor_side.os.environ["EI_VISIBLE_DEVICES"] == "eia-c"
+
+    changed = DOCUMENTED.replace("model_dir", "export_dir")
+    monkeypatch.setattr(vendor_side, "predictor_class", lambda: predictor_like(changed))
+    with pytest.raises(TypeError, match="model_dir"):
+        vendor_side.make_predictor(0, True, model_dir="m")
+
+
+def test_the_stand_ins_have_the_documented_signatures() -> None:
+    path = STAND_INS / "common" / "ei_predictor_stand_in.py"
+    classes = [
+        n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef) and n.name == "EIPredictor"
+    ]
+    late, early = (ast.unparse(one.body[0].args) for one in classes)  # type: ignore[attr-defined]
+    assert f"({late})".replace("=", "=") == DOCUMENTED
+    assert f"({early})" == DOCUMENTED.replace(", accelerator_id=0", "")
+    attach = ast.parse((STAND_INS / "pytorch151" / "torcheia" / "jit.py").read_text())
+    (function,) = [n for n in attach.body if isinstance(n, ast.FunctionDef)]
+    assert (function.name, ast.unparse(function.args)) == ("attach_eia", "obj, device")
+
+
+def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
+    sleeper = tmp_path / "python"
+    sleeper.write_text("#!/bin/sh\necho 'waiting for the accelerator'\nexec sleep 60\n")
+    sleeper.chmod(0o755)
+    process = VendorProcess(str(sleeper))
+    with pytest.raises(VendorDied, match=r"did not answer within 0\.5 s.*waiting for the accelerator"):
+        process.call("facts", 0.5, kind="predictor")
+    with pytest.raises(VendorDied, match="closed"):
+        process.call("facts", 0.5, kind="predictor")
+    process.close()
+
+
+def test_what_the_script_raises_comes_back_as_it_was() -> None:
+    process = VendorProcess()
+    try:
+        with pytest.raises(VendorError, match="nothing") as raised:
+            process.call("facts", 30, kind="nothing")
+        assert raised.value.kind == "KeyError"
+        with pytest.raises(VendorError):
+            process.call("run", 30, {"x": np.ones(3)})  # nothing was opened
+    finally:
+        process.close()

@@ -28,7 +28,7 @@ from typing import Annotated
 import typer
 
 import accelrt
-from accelrt.cli import bench, compile, cores, demo, doctor, explain, run, sweep, verify
+from accelrt.cli import bench, compile, cores, demo, doctor, eia, explain, run, sweep, verify
 from accelrt.cli.common import INTERRUPTED, discard_stdout, flush_stdout
 
 EPILOG = (
@@ -71,6 +71,7 @@ app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.command("sweep")(sweep.sweep)
 app.command("demo")(demo.demo)
+app.add_typer(eia.app, name="eia")
 
 
 def main() -> None:

@@ -113,6 +113,8 @@ class EIPredictor:
         if self._path.is_file():
             which = "input_names" if input_names is None else "output_names"
             raise ValueError(f"{which} must be provided for running inference on frozen graph")
+        if input_names is not None or output_names is not None:
+            raise ValueError("input_names and output_names must both be specified or both be unspecified.")
         known: dict[str, Any] = isolation.call(f"{_CHILD}:describe", path=str(self._path), tags=self._tags)
         if definition is None:
             if key is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,19 @@ MOST_SHAPES = 16
 _DEVICE = re.compile(r"eia:(0|[1-9][0-9]*)")
 
 
+class _Flat(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
+    """A module of nests of tensors as one of tensors, which returns a tuple of them."""
+
+    def __init__(self, script: Any, nest: Any) -> None:
+        super().__init__()
+        self.script = script
+        self._nest = nest
+
+    def forward(self, *tensors: Any) -> tuple[Any, ...]:
+        args, kwargs = pytree.tree_unflatten(list(tensors), self._nest)
+        return tuple(pytree.tree_leaves(self.script(*args, **kwargs)))
+
+
 class _Program:
     """A module compiled for one set of shapes, and how it nests what it returns."""
 
@@ -37,7 +51,7 @@ class _Program:
             leaves, self.results = pytree.tree_flatten(script(*args, **kwargs))
         if any(not isinstance(leaf, torch.Tensor) for leaf in leaves):
             raise TypeError("Only modules that return tensors, or nests of them, run on an accelerator")
-        self.artifact: Artifact = _compile(script, tensors, args, kwargs)
+        self.artifact: Artifact = _compiled(script, tensors, nest)
         if len(self.artifact.signature.outputs) != len(leaves):
             raise RuntimeError(f"The module returned {len(leaves)} tensors, and its program returns others")
         self.session: Session = load(self.artifact, ordinal)
@@ -55,7 +69,7 @@ class Bound:
     """TorchScript bound to an accelerator: compiled at the first call with each set of shapes.
 
     Args:
-        run: The module's own ``forward``, on the CPU.
+        script: The module, which computes on the CPU when it is called.
         ordinal: Of the accelerator.
     """
 
@@ -154,17 +168,26 @@ _open = 0
 
 
 class _Forward:
-    """Stands before PyTorch's own descriptor of ``forward``."""
+    """Stands before PyTorch's own descriptor of ``forward``.
+
+    It has ``__set__``, so that Python asks it even where an instance has a ``forward`` of its own: PyTorch keeps the
+    method there once it was called.
+    """
 
     def __init__(self, original: Any) -> None:
         self.original = original
 
     def __get__(self, module: Any, cls: type | None = None) -> Any:
-        own = self.original.__get__(module, cls)
+        if module is None:
+            return self.original.__get__(module, cls)
+        own = module.__dict__.get("forward")
         ordinal: int | None = getattr(_ACTIVE, "ordinal", None)
-        if module is None or ordinal is None:
-            return own
+        if ordinal is None or isinstance(own, Bound):
+            return self.original.__get__(module, cls) if own is None else own
         return _outside(_bound_to(module, ordinal))
+
+    def __set__(self, module: Any, value: Any) -> None:
+        module.__dict__["forward"] = value
 
 
 def _bound_to(module: Any, ordinal: int) -> Bound:
@@ -210,11 +233,16 @@ def _intercepted(ordinal: int) -> Iterator[None]:
                 _PATCHED.clear()
 
 
-def _compile(script: Any, tensors: list[Any], args: Any, kwargs: Any) -> Artifact:
-    if kwargs or len(args) != len(tensors):
-        raise TypeError("A module on an accelerator takes tensors by position")
+def _compiled(script: Any, tensors: list[Any], nest: Any) -> Artifact:
+    """Compile a module: as TorchScript of flat tensors, in which the module's own control flow stays."""
+    flat = _Flat(script, nest)
+    flat.training = script.training
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(flat, tuple(tensors), check_trace=False)
     names = [f"input_{index}" for index in range(len(tensors))]
-    return accelrt.compile(script, target_of(True), example_inputs=tuple(args), input_names=names)
+    return accelrt.compile(traced, target_of(True), example_inputs=tuple(tensors), input_names=names)
 
 
 def _to_array(tensor: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which target an Elastic Inference script computes on, and which of its devices the ordinal of an accelerator means."""
+"""Which target a script for Elastic Inference computes on, and which device the ordinal of an accelerator means."""
 
 from __future__ import annotations
 
@@ -59,5 +59,3 @@ def load(artifact: Artifact, ordinal: int | None) -> Session:
     if ordinal is None or name != EIA:
         return accelrt.load(artifact)
     return accelrt.load(artifact, devices=[ordinal])
-
-

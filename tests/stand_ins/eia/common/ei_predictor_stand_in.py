@@ -1,6 +1,6 @@
 """``EIPredictor`` over TensorFlow's own sessions on the CPU, with the arguments that the vendor documented."""
 
-import os
+from pathlib import Path
 
 import eia_client_stand_in as client
 import numpy as np
@@ -13,8 +13,19 @@ def make(with_ordinal: bool):
     """Return the class: with ``accelerator_id`` as late builds have it, or without."""
 
     class Base:
-        def _set_up(self, model_dir, signature_def_key, signature_def, input_names, output_names, tags, graph, config,
-                    use_ei, accelerator_id):
+        def _set_up(
+            self,
+            model_dir,
+            signature_def_key,
+            signature_def,
+            input_names,
+            output_names,
+            tags,
+            graph,
+            config,
+            use_ei,
+            accelerator_id,
+        ):
             if (input_names is None) != (output_names is None):
                 raise ValueError("input_names and output_names must both be specified or both be unspecified.")
             self._use_ei, self._ordinal = use_ei, accelerator_id
@@ -22,7 +33,7 @@ def make(with_ordinal: bool):
             self._graph = graph or v1.Graph()
             self._session = v1.Session(graph=self._graph, config=config)
             with self._graph.as_default():
-                if os.path.isdir(model_dir):
+                if Path(model_dir).is_dir():
                     meta = v1.saved_model.load(self._session, tags, model_dir)
                     if input_names is None:
                         if signature_def is None:
@@ -35,8 +46,7 @@ def make(with_ordinal: bool):
                     if input_names is None:
                         raise ValueError("input_names must be provided for running inference on frozen graph")
                     definition = v1.GraphDef()
-                    with open(model_dir, "rb") as file:
-                        definition.ParseFromString(file.read())
+                    definition.ParseFromString(Path(model_dir).read_bytes())
                     v1.import_graph_def(definition, name="")
             get = self._graph.get_tensor_by_name
             self.feed_tensors = {k: get(v if ":" in v else v + ":0") for k, v in input_names.items()}
@@ -58,17 +68,58 @@ def make(with_ordinal: bool):
     if with_ordinal:
 
         class EIPredictor(Base):
-            def __init__(self, model_dir, signature_def_key=None, signature_def=None, input_names=None,
-                         output_names=None, tags=None, graph=None, config=None, use_ei=True, accelerator_id=0):
-                self._set_up(model_dir, signature_def_key, signature_def, input_names, output_names, tags, graph,
-                             config, use_ei, accelerator_id)
+            def __init__(
+                self,
+                model_dir,
+                signature_def_key=None,
+                signature_def=None,
+                input_names=None,
+                output_names=None,
+                tags=None,
+                graph=None,
+                config=None,
+                use_ei=True,
+                accelerator_id=0,
+            ):
+                self._set_up(
+                    model_dir,
+                    signature_def_key,
+                    signature_def,
+                    input_names,
+                    output_names,
+                    tags,
+                    graph,
+                    config,
+                    use_ei,
+                    accelerator_id,
+                )
 
     else:
 
         class EIPredictor(Base):
-            def __init__(self, model_dir, signature_def_key=None, signature_def=None, input_names=None,
-                         output_names=None, tags=None, graph=None, config=None, use_ei=True):
-                self._set_up(model_dir, signature_def_key, signature_def, input_names, output_names, tags, graph,
-                             config, use_ei, 0)
+            def __init__(
+                self,
+                model_dir,
+                signature_def_key=None,
+                signature_def=None,
+                input_names=None,
+                output_names=None,
+                tags=None,
+                graph=None,
+                config=None,
+                use_ei=True,
+            ):
+                self._set_up(
+                    model_dir,
+                    signature_def_key,
+                    signature_def,
+                    input_names,
+                    output_names,
+                    tags,
+                    graph,
+                    config,
+                    use_ei,
+                    0,
+                )
 
     return EIPredictor

@@ -23,8 +23,9 @@ def discover() -> list:
     if visible is None:
         found = every
     else:
-        found = [every[int(one)] if one.isdigit() else dict((e[0], e) for e in every)[one]
-                 for one in visible.split(",") if one]
+        found = [
+            every[int(one)] if one.isdigit() else {e[0]: e for e in every}[one] for one in visible.split(",") if one
+        ]
     if not found:
         print("Error during accelerator discovery")
         print("Failed to detect any accelerator")

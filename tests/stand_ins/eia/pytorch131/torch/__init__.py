@@ -2,18 +2,18 @@
 
 import contextlib
 import importlib
-import os
 import sys
+from pathlib import Path
 
-_here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_here = Path(__file__).resolve().parents[1]
 _path, _self = list(sys.path), sys.modules.pop("torch")
-sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _here]
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _here]
 try:
     _torch = importlib.import_module("torch")
 finally:
-    sys.path[:] = [*_path, os.path.join(_here, os.pardir, "common")]
+    sys.path[:] = [*_path, str(_here.parent / "common")]
 
-import eia_client_stand_in as client  # noqa: E402
+client = importlib.import_module("eia_client_stand_in")
 
 
 @contextlib.contextmanager
