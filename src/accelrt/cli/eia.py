@@ -1,4 +1,4 @@
-"""``accelrt eia describe``: the accelerators over the network, as the tool of Amazon's Elastic Inference listed them."""
+"""``accelrt eia describe``: accelerators over the network, as the tool of Amazon's Elastic Inference listed them."""
 
 from __future__ import annotations
 
