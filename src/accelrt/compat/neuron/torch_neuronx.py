@@ -14,19 +14,22 @@ from typing import Any
 
 from accelrt.compat.neuron import compiling, residents
 from accelrt.compat.neuron.analysis import analysed
+from accelrt.compat.neuron.buckets import BucketModelConfig
 from accelrt.compat.neuron.calling import check_dynamic
 from accelrt.compat.neuron.flags import neuronx_flags
 from accelrt.compat.neuron.parallel import DataParallel
 from accelrt.compat.neuron.placing import multicore_context, neuron_cores_context, set_multicore, set_neuron_cores
 from accelrt.compat.neuron.program import numbers_in, programs_in, signature_of
 from accelrt.compat.neuron.residents import Placement
-from accelrt.compat.neuron.tracing import Traced
+from accelrt.compat.neuron.tracing import Traced, bucketed
 
 __all__ = [
+    "BucketModelConfig",
     "DataParallel",
     "PartitionerConfig",
     "analyze",
     "async_load",
+    "bucket_model_trace",
     "dynamic_batch",
     "experimental",
     "lazy_load",
@@ -124,6 +127,55 @@ def trace(
     if limits is not None:
         _hold(limits, share, [len(one.nodes) for one in parts], whole=artifact.placement.whole is not None)
     return traced.script(artifact, strict=False)
+
+
+def bucket_model_trace(
+    func: Callable[..., Any],
+    example_inputs: Sequence[Any],
+    bucket_config: BucketModelConfig,
+    compiler_workdir: str | None = None,
+    compiler_args: str | Sequence[str] | None = None,
+) -> Any:
+    """Compile a model for several shapes, as one module that chooses among them at each call.
+
+    Args:
+        func: Returns a module and its aliases, once for each bucket; called with ``func_kwargs`` of the configuration.
+        example_inputs: For each bucket what `trace` takes.
+        bucket_config: How calls find their bucket.
+        compiler_workdir: Has no effect; accelrt cleans up after compilers.
+        compiler_args: As for `trace`.
+
+    Returns:
+        TorchScript: positional CPU tensors in, of any shape that the kernel takes; what the models return out.
+
+    Raises:
+        TypeError: An argument that is not what it must be.
+        ValueError: There are no buckets, or models that return different nests.
+        RuntimeError: A bucket cannot be compiled, or nothing of it for the target.
+        NotImplementedError: There are aliases, or a shared state.
+    """
+    if not isinstance(bucket_config, BucketModelConfig):
+        raise TypeError(f"bucket_config is a BucketModelConfig, not a {type(bucket_config).__name__}")
+    if bucket_config.shared_state_buffer or bucket_config.shared_state_buffer_preprocessor is not None:
+        raise NotImplementedError("shared_state_buffer: accelrt's programs keep no state from call to call.")
+    if not isinstance(example_inputs, list | tuple) or not example_inputs:
+        raise ValueError("example_inputs is a list with the example inputs of each bucket")
+    compiling.note_ignored({"compiler_workdir": compiler_workdir})
+    flags, parts = neuronx_flags(compiler_args), []
+    for arguments, examples in zip(bucket_config.arguments(len(example_inputs)), example_inputs, strict=True):
+        made = func(**arguments)
+        if not isinstance(made, tuple) or len(made) != 2:
+            raise TypeError("func returns a module and a dictionary of its aliases")
+        module, aliases = made
+        if aliases:
+            raise NotImplementedError("input_output_aliases: accelrt's programs keep no state from call to call.")
+        traced = Traced(module, examples)
+        with compiling.vendors_errors():
+            artifact = traced.compile(flags)
+        if compiling.share_on_target(artifact) == 0:
+            raise RuntimeError(f"Nothing of the model can run on {artifact.placement.primary}: {artifact.explain()}")
+        parts.append((traced, artifact))
+    return bucketed(parts, bucket_config.kernel())
 
 
 def _hold(limits: PartitionerConfig, share: float, sizes: Sequence[int], *, whole: bool) -> None:

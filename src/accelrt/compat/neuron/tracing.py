@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from accelrt.compat.neuron import compiling
+from accelrt.compat.neuron.buckets import Buckets, Packed
 from accelrt.compat.neuron.flags import Flags
 from accelrt.compat.neuron.program import pretending, program_of
 
@@ -93,6 +94,22 @@ class Traced:
     def _script(self) -> Any:
         with _evaluating(self.flat), torch.no_grad():
             return _quietly(torch.jit.trace, self.flat, tuple(self.examples), check_trace=False, strict=False)
+
+
+def bucketed(parts: Sequence[tuple[Traced, Artifact]], kernel: Any) -> Any:
+    """Return artifacts as one module of TorchScript, which asks a scripted kernel which of them a call is for.
+
+    Raises:
+        ValueError: Their models return different nests.
+        RuntimeError: TorchScript cannot return what the models do.
+    """
+    first = parts[0][0]
+    if any(traced.results != first.results for traced, _ in parts):
+        raise ValueError("The models of the buckets return different nests of tensors")
+    programs = [program_of(artifact) for _, artifact in parts]
+    packed = Packed(_quietly(torch.jit.script, Buckets(programs, kernel)), first.results).eval()
+    with pretending(first.outputs), torch.no_grad():
+        return _quietly(torch.jit.trace, packed, first.args, check_trace=False, strict=False)
 
 
 def _quietly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
