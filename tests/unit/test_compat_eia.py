@@ -350,11 +350,11 @@ def test_the_context_is_one_threads_and_its_modules_really_run_elsewhere(two_acc
         with torch.no_grad(), optimized_execution(True, {"target_device": "eia:1"}):
             calls.append(script(x))
             entered.set()
-            done.wait(20)
+            done.wait(300)
 
     thread = threading.Thread(target=inside)
     thread.start()
-    assert entered.wait(60)
+    assert entered.wait(300)
     (bound,) = scripts._BOUND[script].values()
     (program,) = bound._programs.values()
     ran = program.session.stats().replicas[0]

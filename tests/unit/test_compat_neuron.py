@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import importlib
 import inspect
@@ -86,6 +87,7 @@ VENDORS = {
     "neuron_cores_context": "(start_nc=-1, nc_count=-1)",
     "multicore_context": "()",
     "move_trace_to_device": "(trace, device_id)",
+    "replace_weights": "(neuron_model, weights)",
     "bucket_model_trace": "(func, example_inputs, bucket_config, compiler_workdir=None, compiler_args=None)",
     "BucketModelConfig": "(bucket_kernel, *_, shared_state_buffer=None, shared_state_buffer_preprocessor=None, "
     "func_kwargs=None)",
@@ -449,6 +451,44 @@ def test_nothing_is_brought_in_before_it_is_used() -> None:
     code = "import accelrt.compat.neuron, sys; print([m for m in ('torch', 'tensorflow') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
     assert importlib.import_module("accelrt.compat.neuron").__doc__
+
+
+# Weights
+
+
+def test_weights_outside_a_program_are_replaced_in_files_too(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Flatten(), torch.nn.Linear(8, 3)
+    ).eval()
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        for one in second.parameters():
+            one.add_(torch.randn_like(one))
+        second[1].running_mean.add_(1.0)
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    traced = torch_neuronx.trace(first, x, inline_weights_to_neff=False)
+    close(traced(x), first(x))
+    torch_neuronx.replace_weights(traced, second)
+    close(traced(x), second(x))
+    assert not torch.allclose(first(x), second(x), atol=0.2), "otherwise nothing is shown"
+    torch.jit.save(traced, tmp_path / "second.pt")
+    restored = torch.jit.load(tmp_path / "second.pt")
+    close(restored(x), second(x))
+    torch_neuronx.replace_weights(restored, first.state_dict())
+    close(restored(x), first(x))
+    torch_neuronx.replace_weights(restored, {"3.bias": first[3].bias + 100})
+    close(restored(x), first(x) + 100, atol=0.5)
+    with pytest.raises(ValueError, match=r"3\.bias is \(4,\), and was \(3,\)"):
+        torch_neuronx.replace_weights(restored, {"3.bias": torch.ones(4)})
+    with pytest.raises(TypeError, match="state_dict"):
+        torch_neuronx.replace_weights(restored, 3)
+
+
+def test_weights_inside_a_program_stay_and_a_warning_says_so() -> None:
+    traced = torch_neuronx.trace(mlp(), x_of())
+    with pytest.warns(UserWarning, match="inline_weights_to_neff=False"):
+        torch_neuronx.replace_weights(traced, mlp().state_dict())
 
 
 # Buckets

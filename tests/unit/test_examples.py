@@ -92,7 +92,9 @@ EIA = {
 }
 
 
-@pytest.mark.parametrize("name", EIA)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.suite) if name == "keras_predict.py" else name for name in EIA]
+)
 def test_script_for_elastic_inference_runs_on_the_cpu(name: str, tmp_path: Path) -> None:
     framework, words = EIA[name]
     pytest.importorskip(framework)

@@ -22,6 +22,7 @@ from accelrt.compat.neuron.placing import multicore_context, neuron_cores_contex
 from accelrt.compat.neuron.program import numbers_in, programs_in, signature_of
 from accelrt.compat.neuron.residents import Placement
 from accelrt.compat.neuron.tracing import Traced, bucketed
+from accelrt.compat.neuron.weights import replace_weights
 
 __all__ = [
     "BucketModelConfig",
@@ -36,6 +37,7 @@ __all__ = [
     "move_trace_to_device",
     "multicore_context",
     "neuron_cores_context",
+    "replace_weights",
     "set_multicore",
     "set_neuron_cores",
     "trace",
@@ -93,7 +95,8 @@ def trace(
         compiler_workdir: Has no effect; accelrt cleans up after compilers.
         compiler_args: Flags of neuronx-cc. Casts and targets count on the backend ``neuron``.
         partitioner_config: Limits to what may stay on the CPU; without one there are none.
-        inline_weights_to_neff: False moves weights apart from the program where the engine can.
+        inline_weights_to_neff: False keeps a module's weights out of the program, for `replace_weights`; they go to it
+            with each call.
         cpu_backend: Has no effect: compiling needs no device.
 
     Returns:
@@ -117,9 +120,9 @@ def trace(
         compiling.note_ignored(within)
     compiling.note_ignored({"compiler_workdir": compiler_workdir})
     flags = neuronx_flags(compiler_args)
-    traced = Traced(func, example_inputs)
+    traced = Traced(func, example_inputs, held=not inline_weights_to_neff)
     with compiling.vendors_errors():
-        artifact = traced.compile(flags, options=None if inline_weights_to_neff else {"inline_weights": False})
+        artifact = traced.compile(flags)
         share = compiling.share_on_target(artifact)
         parts = [one for one in artifact.placement.segments if one.engine == artifact.placement.primary]
     if share == 0:
