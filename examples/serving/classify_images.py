@@ -49,10 +49,17 @@ def likeliest(scores: np.ndarray) -> list[tuple[int, float]]:
     return [(int(index), float(shares[index])) for index in np.argsort(-shares)[:TOP]]
 
 
+def ready(client: triton.InferenceServerClient) -> bool:
+    try:
+        return bool(client.is_server_ready())
+    except OSError:  # nobody listens there yet
+        return False
+
+
 def classify(url: str, name: str | None, count: int) -> None:
     client = triton.InferenceServerClient(url)
     deadline = time.monotonic() + WAIT_S
-    while not client.is_server_ready():
+    while not ready(client):
         if time.monotonic() > deadline:
             raise SystemExit(f"{url} was not ready within {WAIT_S:g} s")
         time.sleep(0.1)

@@ -420,7 +420,7 @@ class Listed(Backend):
         self.engines: tuple[Engine, ...] = (PredictorEngine(root=TOOL), TorchEiaEngine(root=TOOL))
 
     def devices(self) -> list[Device]:
-        return [Device("eia", 0, "grpc://far:8001", 3 << 30, {"health": "ready", "accelerator_type": "NVIDIA H200"})]
+        return [Device("eia", 0, "accelrt 0.1.0", 3 << 30, {"health": "ready", "address": "grpc://far:8001"})]
 
 
 def test_describe_lists_endpoints_and_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,8 +440,9 @@ def test_describe_lists_endpoints_and_accelerators(monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["attached_accelerators"] == 3
+    assert data["devices"][0]["id"] == "grpc://far:8001"
     assert [(one["of"], one["type"], one["status"], one["memory_bytes"]) for one in data["devices"]] == [
-        ("eia", "NVIDIA H200", "ready", 3 << 30),
+        ("eia", "accelrt 0.1.0", "ready", 3 << 30),
         ("eia/predictor", "eia2.medium", "healthy", 2 << 30),
         ("eia/predictor", "eia2.xlarge", "healthy", 8 << 30),
     ]

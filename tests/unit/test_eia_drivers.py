@@ -432,3 +432,33 @@ def test_what_the_script_raises_comes_back_as_it_was() -> None:
             process.call("run", 30, {"x": np.ones(3)})  # nothing was opened
     finally:
         process.close()
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"../evil": b"", "accelrt.json": b"{}"}, "outside"),
+        ({"/evil": b"", "accelrt.json": b"{}"}, "outside"),
+        ({"a\\..\\evil": b"", "accelrt.json": b"{}"}, "outside"),
+        ({"saved_model.pb": b""}, "cannot be read"),
+        ({"accelrt.json": b"[]"}, "lacks"),
+        ({"accelrt.json": b"{"}, "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_packed_model_that_is_none_is_refused(entries: Any, words: str, tmp_path: Path) -> None:
+    import zipfile
+
+    from accelrt.backend import Program
+
+    path = tmp_path / "saved_model.zip"
+    if entries is None:
+        path.write_bytes(b"no zip at all")
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in entries.items():
+                archive.writestr(name, data)
+    program = Program({"saved_model.zip": path}, {}, Signature((), ()), PredictorOptions())
+    with pytest.raises(IncompatibleProgram, match=words):
+        PredictorEngine().plan(program, 0)
+    assert not (tmp_path.parent / "evil").exists()

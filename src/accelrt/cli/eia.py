@@ -89,7 +89,7 @@ def _to_json(engine: str, device: Device) -> dict[str, Any]:
         "ordinal": device.index,
         "of": engine,
         "type": _type_of(device),
-        "id": properties.get("accelerator_id") or device.name,
+        "id": properties.get("accelerator_id") or properties.get("address") or device.name,
         "status": properties.get("health") or "unknown",
         "memory_bytes": device.memory_bytes,
         "properties": dict(properties),
