@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -27,9 +29,11 @@ TOP = 5
 @contextlib.contextmanager
 def server() -> Iterator[str]:
     """Start a server of the digits model; yields host and port."""
-    command = [sys.executable, "-m", "accelrt", "serve", str(digits_model()), "--http-port", "0", "--grpc-port", "-1",
-               "--metrics-port", "-1"]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        model = shutil.copy(digits_model(), folder)
+        command = [sys.executable, "-m", "accelrt", "serve", model, "--http-port", "0", "--grpc-port", "-1",
+                   "--metrics-port", "-1"]  # fmt: skip
+        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         try:
             assert process.stdout is not None
             for line in process.stdout:  # it says where it listens when the model is ready
