@@ -420,7 +420,11 @@ class Listed(Backend):
         self.engines: tuple[Engine, ...] = (PredictorEngine(root=TOOL), TorchEiaEngine(root=TOOL))
 
     def devices(self) -> list[Device]:
-        return [Device("eia", 0, "accelrt 0.1.0", 3 << 30, {"health": "ready", "address": "grpc://far:8001"})]
+        return [
+            Device(
+                "eia", 0, "grpc://far:8001, accelrt 0.1.0", 3 << 30, {"health": "ready", "address": "grpc://far:8001"}
+            )
+        ]
 
 
 def test_describe_lists_endpoints_and_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,11 +68,12 @@ def _found() -> tuple[str | None, dict[str, list[Device]]]:
         own = engine.devices()
         if own is None:
             continue
-        fresh = [device for device in own if device not in seen]  # two frameworks of Amazon's see the same ones
+        # Two frameworks of Amazon's see the same ones; other engines' devices are none of a network's.
+        fresh = [device for device in own if "accelerator_type" in device.properties and device not in seen]
         seen += fresh
         if fresh:
             found[f"{NAME}/{engine.name}"] = fresh
-        if not own and said.status.reason:
+        if not own and said.status.reason and not said.status.usable:
             reasons.append(f"{NAME}/{engine.name}: {said.status.reason}")
     if not info.devices:
         reasons.insert(0, "ACCELRT_EIA_ACCELERATORS names no endpoint")
@@ -80,7 +81,8 @@ def _found() -> tuple[str | None, dict[str, list[Device]]]:
 
 
 def _type_of(device: Device) -> str:
-    return device.properties.get("accelerator_type") or device.description
+    address = device.properties.get("address", "")
+    return device.properties.get("accelerator_type") or device.description.removeprefix(f"{address}, ")
 
 
 def _to_json(engine: str, device: Device) -> dict[str, Any]:
