@@ -432,7 +432,7 @@ def test_describe_lists_endpoints_and_accelerators(monkeypatch: pytest.MonkeyPat
 
     backend = Listed()
     monkeypatch.setitem(REGISTRY._backends, "eia", backend)
-    monkeypatch.setattr(inventory, "backends", lambda: (inventory._describe("eia", "test", None),))
+    monkeypatch.setattr(inventory, "backend", lambda name: inventory._describe(name, "test", None))
     monkeypatch.setenv("STAND_IN_ACCELERATORS", "eia2.medium,eia2.xlarge")
     for engine in backend.engines:  # as if the vendor's packages were here: what they see is what the tool lists
         found = __import__("accelrt_eia.discovery", fromlist=["from_tool"]).from_tool(
@@ -454,13 +454,21 @@ def test_describe_lists_endpoints_and_accelerators(monkeypatch: pytest.MonkeyPat
     assert "Attached accelerators: 3" in text and "    Type: eia2.xlarge\n" in text and "    Memory: 8.6 GB" in text
 
 
+def test_an_inventory_of_one_backend() -> None:
+    from accelrt import inventory
+
+    found = inventory.backend("neuron")
+    assert found is not None and found.name == "neuron" and found.engines
+    assert inventory.backend("nothing") is None
+
+
 def test_describe_says_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelrt import inventory
 
     backend = Listed()
     monkeypatch.setattr(backend, "devices", list)
     monkeypatch.setitem(REGISTRY._backends, "eia", backend)
-    monkeypatch.setattr(inventory, "backends", lambda: (inventory._describe("eia", "test", None),))
+    monkeypatch.setattr(inventory, "backend", lambda name: inventory._describe(name, "test", None))
     result = CliRunner().invoke(app, ["eia", "describe"])
     assert result.exit_code == 1
     assert "ACCELRT_EIA_ACCELERATORS names no endpoint" in result.stdout and "closed the service" in result.stdout

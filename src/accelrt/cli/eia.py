@@ -51,10 +51,10 @@ def describe(as_json: JsonFlag = False, traceback: TracebackFlag = False) -> Non
 def _found() -> tuple[str | None, dict[str, list[Device]]]:
     """Return why the backend cannot be asked, None if it can, and its devices by who runs on them."""
     from accelrt.errors import RegistryError, TargetError
-    from accelrt.inventory import backends
+    from accelrt.inventory import backend as backend_info
     from accelrt.registry import REGISTRY
 
-    info = next((one for one in backends() if one.name == NAME), None)
+    info = backend_info(NAME)
     if info is None:
         return f"There is no backend {NAME!r} in this installation.", {}
     found = {NAME: list(info.devices)}
