@@ -1,6 +1,7 @@
 """Accelerators that are reached over a network: endpoints of the Open Inference Protocol.
 
-``ACCELRT_EIA_ACCELERATORS="grpc://host:8001,grpcs://other:8001"`` makes the devices ``eia:0`` and ``eia:1``.
+``ACCELRT_EIA_ACCELERATORS="grpc://host:8001,grpcs://other:8001"`` makes the devices ``eia:0`` and ``eia:1``. And Amazon's own
+accelerators through its packages, where somebody still has both.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from typing import ClassVar
 
 from accelrt.backend import Backend, Device, Engine
 from accelrt_eia.accelerators import Accelerators
+from accelrt_eia.predictor import PredictorEngine
 from accelrt_eia.remote import RemoteEngine
 from accelrt_eia.served import ServedEngine
+from accelrt_eia.torcheia import TorchEiaEngine
 
 
 class EiaBackend(Backend):
@@ -22,7 +25,12 @@ class EiaBackend(Backend):
     def __init__(self) -> None:
         accelerators = Accelerators()
         self._remote = RemoteEngine(accelerators)
-        self.engines: tuple[Engine, ...] = (self._remote, ServedEngine(accelerators))
+        self.engines: tuple[Engine, ...] = (
+            self._remote,
+            ServedEngine(accelerators),
+            PredictorEngine(),
+            TorchEiaEngine(),
+        )
 
     def devices(self) -> Sequence[Device]:
         return self._remote.endpoints()

@@ -47,6 +47,12 @@ def backends() -> tuple[BackendInfo, ...]:
     return tuple(_describe(plugin.name, plugin.origin, plugin.reason) for plugin in REGISTRY.plugins())
 
 
+def backend(name: str) -> BackendInfo | None:
+    """Return one backend, None if none has this name; the others' engines are not asked, which may take seconds."""
+    found = (plugin for plugin in REGISTRY.plugins() if plugin.name == name)
+    return next((_describe(plugin.name, plugin.origin, plugin.reason) for plugin in found), None)
+
+
 def devices() -> tuple[Device, ...]:
     """Return every device of every backend that works."""
     return tuple(device for backend in backends() for device in backend.devices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import importlib
 import inspect
@@ -86,6 +87,10 @@ VENDORS = {
     "neuron_cores_context": "(start_nc=-1, nc_count=-1)",
     "multicore_context": "()",
     "move_trace_to_device": "(trace, device_id)",
+    "replace_weights": "(neuron_model, weights)",
+    "bucket_model_trace": "(func, example_inputs, bucket_config, compiler_workdir=None, compiler_args=None)",
+    "BucketModelConfig": "(bucket_kernel, *_, shared_state_buffer=None, shared_state_buffer_preprocessor=None, "
+    "func_kwargs=None)",
     "analyze": "(func, example_inputs, compiler_workdir=None, additional_ignored_ops=set(), max_workers=4, "
     "is_hf_transformers=False, cleanup=False)",
 }
@@ -446,3 +451,170 @@ def test_nothing_is_brought_in_before_it_is_used() -> None:
     code = "import accelrt.compat.neuron, sys; print([m for m in ('torch', 'tensorflow') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
     assert importlib.import_module("accelrt.compat.neuron").__doc__
+
+
+# Weights
+
+
+def test_weights_outside_a_program_are_replaced_in_files_too(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Flatten(), torch.nn.Linear(8, 3)
+    ).eval()
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        for one in second.parameters():
+            one.add_(torch.randn_like(one))
+        second[1].running_mean.add_(1.0)
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    traced = torch_neuronx.trace(first, x, inline_weights_to_neff=False)
+    close(traced(x), first(x))
+    torch_neuronx.replace_weights(traced, second)
+    close(traced(x), second(x))
+    assert not torch.allclose(first(x), second(x), atol=0.2), "otherwise nothing is shown"
+    torch.jit.save(traced, tmp_path / "second.pt")
+    restored = torch.jit.load(tmp_path / "second.pt")
+    close(restored(x), second(x))
+    torch_neuronx.replace_weights(restored, first.state_dict())
+    close(restored(x), first(x))
+    torch_neuronx.replace_weights(restored, {"3.bias": first[3].bias + 100})
+    close(restored(x), first(x) + 100, atol=0.5)
+    with pytest.raises(ValueError, match=r"3\.bias is \(4,\), and was \(3,\)"):
+        torch_neuronx.replace_weights(restored, {"3.bias": torch.ones(4)})
+    with pytest.raises(TypeError, match="state_dict"):
+        torch_neuronx.replace_weights(restored, 3)
+
+
+def test_weights_inside_a_program_stay_and_a_warning_says_so() -> None:
+    traced = torch_neuronx.trace(mlp(), x_of())
+    with pytest.warns(UserWarning, match="inline_weights_to_neff=False"):
+        torch_neuronx.replace_weights(traced, mlp().state_dict())
+
+
+# Buckets
+
+
+def _fit(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Fill a sentence up to 4 or 8 words."""
+    length = tensors[0].shape[1]
+    index, size = 0, 4
+    if length > 4:
+        index, size = 1, 8
+    filled = [torch.nn.functional.pad(one, [0, size - length]) for one in tensors]
+    return filled, torch.tensor([index])
+
+
+def kernel(*_: Any) -> Any:
+    return torch.jit.script(_fit)
+
+
+class Words(torch.nn.Module):  # type: ignore[misc]
+    """Sums the vectors of the words that the mask shows, in the scale that the test asks for."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.out, self.scale = torch.nn.Embedding(10, 6), torch.nn.Linear(6, 3), scale
+
+    def forward(self, ids: Any, mask: Any) -> Any:
+        total = (self.words(ids) * mask.unsqueeze(-1).to(torch.float32)).sum(1)
+        return {"scores": self.out(total) * self.scale, "count": mask.sum(1)}
+
+
+def sentence(length: int) -> tuple[Any, Any]:
+    ids = torch.arange(length).unsqueeze(0) % 10
+    return ids, torch.ones_like(ids)
+
+
+def test_buckets_choose_the_program_of_each_call(tmp_path: Path) -> None:
+    config = torch_neuronx.BucketModelConfig(kernel, func_kwargs=[{"scale": 1.0}, {"scale": 10.0}])
+    examples = [sentence(4), sentence(8)]
+    traced = torch_neuronx.bucket_model_trace(lambda scale: (Words(scale).eval(), {}), examples, config)
+    torch.jit.save(traced, tmp_path / "buckets.pt")
+    for module in (traced, torch.jit.load(tmp_path / "buckets.pt")):
+        assert len(numbers_in(module)) == 2
+        for length, scale in ((2, 1.0), (4, 1.0), (5, 10.0), (8, 10.0), (3, 1.0)):
+            found, expected = module(*sentence(length)), Words(scale)(*sentence(length))
+            close(found["scores"], expected["scores"], atol=0.2)
+            assert found["count"].tolist() == [length]
+    with pytest.raises(RuntimeError, match="Incorrect tensor shape"):
+        traced(*(one.repeat(2, 1) for one in sentence(3)))
+
+
+def test_what_buckets_refuse() -> None:
+    made = (mlp(), {})
+    one = [(x_of(),)]
+    config = torch_neuronx.BucketModelConfig(kernel)
+    for arguments, error in (
+        ((lambda: made, [], config), ValueError),
+        ((lambda: made, one, kernel), TypeError),
+        ((lambda: mlp(), one, config), TypeError),
+        ((lambda: (mlp(), {"state": 0}), one, config), NotImplementedError),
+        (
+            (lambda: made, one, torch_neuronx.BucketModelConfig(kernel, shared_state_buffer=[x_of()])),
+            NotImplementedError,
+        ),
+        ((lambda: made, one, torch_neuronx.BucketModelConfig(lambda: _fit)), TypeError),
+        ((lambda: made, one, torch_neuronx.BucketModelConfig(kernel, func_kwargs=[{}, {}])), ValueError),
+    ):
+        with pytest.raises(error):
+            torch_neuronx.bucket_model_trace(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="by name"):
+        torch_neuronx.BucketModelConfig(kernel, None)
+    with pytest.raises(TypeError, match="scripted function"):
+        torch_neuronx.BucketModelConfig(3)  # type: ignore[arg-type]
+
+
+# Cores of TensorFlow's programs
+
+
+@pytest.mark.tensorflow
+def test_tensorflows_programs_go_where_they_are_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tf = pytest.importorskip("tensorflow")
+    tfn = importlib.import_module("accelrt.compat.neuron.tensorflow_neuron")
+    monkeypatch.setenv("ACCELRT_NEURON_EMULATE", "inf1.xlarge")
+    weights = tf.constant([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+
+    def places(model: Any) -> list[tuple[str, ...]]:
+        session = residents.resident(model._number).session
+        return [] if session is None else [one.devices for one in session.stats().replicas]
+
+    x = tf.ones([2, 3])
+    model = tfn.trace(lambda x: x @ weights, x)
+    several = tfn.auto_multicore(model, x, num_cores=2)
+    assert isinstance(several, tfn.AwsMulticoreNeuronModel) and places(several) == []
+    assert bool(tf.reduce_all(several(x) == x @ weights))
+    assert places(several) == [("neuron:0",), ("neuron:1",)]
+    several.save(tmp_path / "several")
+    del several
+    restored = tfn.load_model(tmp_path / "several")
+    restored(x)
+    assert isinstance(restored, tfn.AwsMulticoreNeuronModel) and len(places(restored)) == 2
+    with pytest.raises(ValueError, match="Invalid model is not AwsNeuronModel"):
+        tfn.auto_multicore(lambda x: x, x)
+    with pytest.raises(ValueError, match="num_cores"):
+        tfn.auto_multicore(model, x, num_cores=0)
+    del restored
+
+    model.save(tmp_path / "bound")
+    monkeypatch.setenv("NEURONCORE_GROUP_SIZES", "1,2,1")
+    with caplog.at_level("WARNING", logger="accelrt"):
+        tfn.saved_model.inspect_core_binding(tmp_path / "bound")
+        assert "does not bind" in caplog.text
+        tfn.saved_model.set_core_binding(tmp_path / "bound", [2])
+        tfn.saved_model.inspect_core_binding(tmp_path / "bound")
+        assert "binds to NeuronCore Group index 2" in caplog.text
+    bound = tfn.load_model(tmp_path / "bound")
+    bound(x)
+    assert places(bound) == [("neuron:3",)]
+    tfn.saved_model.set_core_binding(tmp_path / "bound", [3])
+    with pytest.raises(RuntimeError, match="NeuronCore Group 3"):
+        tfn.load_model(tmp_path / "bound")(x)
+    tfn.saved_model.set_core_binding(tmp_path / "bound", [-1])
+    tfn.load_model(tmp_path / "bound")(x)
+    with pytest.raises(ValueError, match="numbers of groups"):
+        tfn.saved_model.set_core_binding(tmp_path / "bound", ["0"])
+    with pytest.raises(ValueError, match="holds no program"):
+        tfn.saved_model.set_core_binding(tmp_path, [0])

@@ -84,10 +84,71 @@ def test_script_for_neuron_runs_on_the_emulator(name: str, tmp_path: Path) -> No
         assert text in done.stdout
 
 
+EIA = {
+    "detect_objects.py": ("tensorflow", ["boxes right in 40 of 40 frames", "boxes agree: True", "frame 0: square"]),
+    "pytorch_1_3.py": ("torch", ["call 2:", "agrees with PyTorch: True"]),
+    "pytorch_1_5.py": ("torch", ["6 words:", "11 words:", "agrees with PyTorch: True"]),
+    "keras_predict.py": ("tensorflow", ["in batches of 8", "agrees with Keras: True", "the same class for 50 of 50"]),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.suite) if name == "keras_predict.py" else name for name in EIA]
+)
+def test_script_for_elastic_inference_runs_on_the_cpu(name: str, tmp_path: Path) -> None:
+    framework, words = EIA[name]
+    pytest.importorskip(framework)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "eia" / name],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    for text in words:
+        assert text in done.stdout
+    if name == "detect_objects.py":
+        assert done.stdout.count("boxes right in 40 of 40 frames") == 2, "with and without the accelerator"
+
+
+def _needs_serve() -> None:
+    from accelrt.cli import app
+
+    if "serve" not in {command.name for command in app.registered_commands}:
+        pytest.skip("this accelrt has no `accelrt serve`")
+
+
+def test_a_client_of_the_server_classifies_images(tmp_path: Path) -> None:
+    _needs_serve()
+    pytest.importorskip("tritonclient.http")
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "serving" / "classify_images.py"],
+        capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "takes image FP32" in done.stdout and "right for 8 of 8 images" in done.stdout
+
+
+def test_a_client_and_a_server_in_two_network_namespaces(tmp_path: Path) -> None:
+    _needs_serve()
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "eia" / "two_namespaces.py"],
+        capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    if done.stdout.startswith("skipped: "):
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stderr
+    assert "eia:0" in done.stdout and "of 100" in done.stdout and "ended with code 0" in done.stdout
+
+
 def test_readme_names_every_example() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     scripts = {
-        path.relative_to(EXAMPLES).as_posix() for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("neuron/*.py"))
+        path.relative_to(EXAMPLES).as_posix()
+        for pattern in ("*.py", "neuron/*.py", "eia/*.py", "serving/*.py")
+        for path in EXAMPLES.glob(pattern)
     }
     present = scripts | {"plugin/"}
     assert all(f"]({name})" in text for name in present)

@@ -28,7 +28,7 @@ from typing import Annotated
 import typer
 
 import accelrt
-from accelrt.cli import bench, compile, cores, demo, doctor, explain, run, serve, sweep, verify
+from accelrt.cli import bench, compile, cores, demo, doctor, eia, explain, run, serve, sweep, verify
 from accelrt.cli.common import INTERRUPTED, discard_stdout, flush_stdout
 
 EPILOG = (
@@ -72,6 +72,7 @@ app.command("bench")(bench.bench)
 app.command("sweep")(sweep.sweep)
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
+app.add_typer(eia.app, name="eia")
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ class Placement:
         start: The first core, counted among those that the process may use; -1 for the next free one.
         count: How many cores; -1 for as many as the program needs. More are replicas, which take calls in turn.
         cores: Each of them instead, for those that are not in a row.
+        group: A group of cores instead, as the environment cuts them.
 
     Raises:
         ValueError: A number that stands for no core.
@@ -50,6 +51,7 @@ class Placement:
     start: int = -1
     count: int = -1
     cores: tuple[int, ...] | None = None
+    group: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("start_nc", self.start), ("nc_count", self.count)):
@@ -143,6 +145,16 @@ def put(number: int, placement: Placement) -> None:
         _load(one)
 
 
+def wish(number: int, placement: Placement) -> None:
+    """Say where a program is to be loaded when it is called, if it is not loaded yet."""
+    resident(number).placement = placement
+
+
+def wish_group(number: int, group: int) -> None:
+    """Say in which group of cores a program is to be loaded, by the group's place among those of the environment."""
+    wish(number, Placement(group=group))
+
+
 @contextmanager
 def running(number: int) -> Iterator[Session]:
     """Return the session of a program, which stays where it is meanwhile; load it first if need be."""
@@ -198,6 +210,8 @@ def _wanted(one: Resident) -> dict[str, Any]:
             )
         return {}
     need = _cores_needed(one.artifact, found)
+    if place.group is not None:
+        return _in_group(place.group, need, found)
     if place.cores is None and place.start < 0:
         return {"replicas": max(1, place.count // need)}
     here = cores_of(found)
@@ -212,6 +226,19 @@ def _wanted(one: Resident) -> dict[str, Any]:
             backend=found.backend.name,
         )
     return {"devices": [here[index] for index in wanted], "replicas": max(1, len(wanted) // need)}
+
+
+def _in_group(number: int, need: int, found: Candidate) -> dict[str, Any]:
+    """Return what puts a program on the first cores of a group, as many as it needs."""
+    groups = found.backend.groups(os.environ, devices_of(found.backend, None, found.engine))
+    if number >= len(groups) or need > len(groups[number].devices):
+        raise CoresUnavailable(
+            f"The program is bound to the NeuronCore Group {number} and needs {need} of its cores; there are "
+            f"{len(groups)} groups of {[len(group.devices) for group in groups]} cores.",
+            hint="NEURONCORE_GROUP_SIZES cuts the cores into groups, and saved_model.set_core_binding chooses one.",
+            backend=found.backend.name,
+        )
+    return {"devices": list(groups[number].devices[:need]), "replicas": 1}
 
 
 def _in_the_way(other: Resident, wanted: Mapping[str, Any]) -> bool:

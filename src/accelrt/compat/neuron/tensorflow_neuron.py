@@ -22,15 +22,26 @@ from accelrt.compat.neuron import compiling, residents
 from accelrt.compat.neuron.analysis import analysed
 from accelrt.compat.neuron.calling import call, check_dynamic
 from accelrt.compat.neuron.flags import Flags, neuron_cc_flags
+from accelrt.compat.neuron.residents import Placement
 
 if TYPE_CHECKING:
     from accelrt.artifact.artifact import Artifact
 
-__all__ = ["AwsNeuronModel", "analyze_model", "load_model", "predictor", "saved_model", "trace"]
+__all__ = [
+    "AwsMulticoreNeuronModel",
+    "AwsNeuronModel",
+    "analyze_model",
+    "auto_multicore",
+    "load_model",
+    "predictor",
+    "saved_model",
+    "trace",
+]
 
 FLAGS = "NEURON_CC_FLAGS"
 _PROGRAM, _FACTS = "model.accel", "neuron.json"
 _SERVING = "serving_default"
+NO_GROUP = -1
 _LEAST = 0.3
 """The share of operators up to which the vendor warns that a conversion was none."""
 
@@ -46,6 +57,10 @@ class AwsNeuronModel:
         self._artifact, self._facts = artifact, dict(facts)
         self._number = residents.settle(artifact)
         residents.leave_with(self, self._number)
+        if self._facts.get("cores") is not None:
+            residents.wish(self._number, Placement(0, self._facts["cores"]))
+        elif (group := self._facts.get("group", NO_GROUP)) != NO_GROUP:
+            residents.wish_group(self._number, group)
         self.on_neuron_ratio: float = facts["ratio"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,6 +86,29 @@ class AwsNeuronModel:
     def save(self, filepath: str | os.PathLike[str]) -> None:
         """Write a folder that `load_model` opens."""
         _write(Path(filepath), self._artifact, self._facts)
+
+
+class AwsMulticoreNeuronModel(AwsNeuronModel):
+    """What `auto_multicore` returns: a traced function on several cores, which take calls in turn."""
+
+
+def auto_multicore(model: AwsNeuronModel, example_inputs: Any, num_cores: int = 1) -> AwsMulticoreNeuronModel:
+    """Return a traced function as one that is loaded on the first cores, a copy on each.
+
+    Args:
+        model: What `trace` returned or `load_model` opened; it stays as it is.
+        example_inputs: Has no effect: shapes are those of the trace.
+        num_cores: How many cores, counted from the first that the process may use.
+
+    Raises:
+        ValueError: ``model`` was not traced, or a number of cores that cannot be.
+    """
+    if not isinstance(model, AwsNeuronModel):
+        raise ValueError("Invalid model is not AwsNeuronModel")
+    if isinstance(num_cores, bool) or not isinstance(num_cores, int) or num_cores < 1:
+        raise ValueError(f"num_cores must be a number of cores, not {num_cores!r}")
+    facts = {name: value for name, value in model._facts.items() if name != "group"}
+    return AwsMulticoreNeuronModel(model._artifact, {**facts, "cores": num_cores})
 
 
 def trace(
@@ -125,7 +163,8 @@ def load_model(filepath: str | os.PathLike[str]) -> AwsNeuronModel:
         ValueError: The folder holds no such program.
         AccelrtError: The program is damaged.
     """
-    return AwsNeuronModel(*_read(Path(filepath)))
+    artifact, facts = _read(Path(filepath))
+    return (AwsNeuronModel if facts.get("cores") is None else AwsMulticoreNeuronModel)(artifact, facts)
 
 
 _COMPILE_ARGUMENTS = frozenset(
@@ -210,7 +249,44 @@ def _compile(
     return {"OnNeuronRatio": ratio}
 
 
-saved_model = SimpleNamespace(compile=_compile)
+def _set_core_binding(model_dir: str | os.PathLike[str], index_list: Sequence[int]) -> None:
+    """Bind what ``saved_model.compile`` wrote to groups of cores, as NEURONCORE_GROUP_SIZES cuts them.
+
+    Args:
+        model_dir: What was written.
+        index_list: A group for each of its programs, counted from 0; negative for none. A folder holds one program
+            here, so that further indices have no effect.
+
+    Raises:
+        ValueError: The folder holds no such program, or an index is no number.
+    """
+    folder = Path(model_dir)
+    _, facts = _read(folder)
+    for index in index_list:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise ValueError(f"index_list holds numbers of groups, not {index!r}")
+    if index_list:
+        group = max(index_list[0], NO_GROUP)
+        (folder / _FACTS).write_text(json.dumps({**facts, "group": group}))
+
+
+def _inspect_core_binding(model_dir: str | os.PathLike[str]) -> None:
+    """Log which group of cores a program is bound to, as a warning so that it is seen without settings.
+
+    Raises:
+        ValueError: The folder holds no such program.
+    """
+    _, facts = _read(Path(model_dir))
+    group = facts.get("group", NO_GROUP)
+    if group == NO_GROUP:
+        compiling.logger.warning("subgraph %s does not bind to a NeuronCore Group", _PROGRAM)
+    else:
+        compiling.logger.warning("subgraph %s binds to NeuronCore Group index %d", _PROGRAM, group)
+
+
+saved_model = SimpleNamespace(
+    compile=_compile, set_core_binding=_set_core_binding, inspect_core_binding=_inspect_core_binding
+)
 """As ``tensorflow.neuron.saved_model``."""
 
 
@@ -351,6 +427,9 @@ def _read(folder: Path) -> tuple[Artifact, Mapping[str, Any]]:
         facts = json.loads((folder / _FACTS).read_bytes())
         if {"ratio", "names", "results", "dynamic"} - set(facts):
             raise ValueError(f"{_FACTS} lacks what it must say")
+        for name, least in (("cores", 1), ("group", NO_GROUP)):
+            if (value := facts.get(name)) is not None and (type(value) is not int or value < least):
+                raise ValueError(f"{_FACTS} says {name}={value!r}")
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{folder} holds no program that accelrt.compat.neuron saved: {error}") from error
     return open_artifact(folder / _PROGRAM), facts

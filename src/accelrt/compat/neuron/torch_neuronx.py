@@ -14,25 +14,30 @@ from typing import Any
 
 from accelrt.compat.neuron import compiling, residents
 from accelrt.compat.neuron.analysis import analysed
+from accelrt.compat.neuron.buckets import BucketModelConfig
 from accelrt.compat.neuron.calling import check_dynamic
 from accelrt.compat.neuron.flags import neuronx_flags
 from accelrt.compat.neuron.parallel import DataParallel
 from accelrt.compat.neuron.placing import multicore_context, neuron_cores_context, set_multicore, set_neuron_cores
 from accelrt.compat.neuron.program import numbers_in, programs_in, signature_of
 from accelrt.compat.neuron.residents import Placement
-from accelrt.compat.neuron.tracing import Traced
+from accelrt.compat.neuron.tracing import Traced, bucketed
+from accelrt.compat.neuron.weights import replace_weights
 
 __all__ = [
+    "BucketModelConfig",
     "DataParallel",
     "PartitionerConfig",
     "analyze",
     "async_load",
+    "bucket_model_trace",
     "dynamic_batch",
     "experimental",
     "lazy_load",
     "move_trace_to_device",
     "multicore_context",
     "neuron_cores_context",
+    "replace_weights",
     "set_multicore",
     "set_neuron_cores",
     "trace",
@@ -90,7 +95,8 @@ def trace(
         compiler_workdir: Has no effect; accelrt cleans up after compilers.
         compiler_args: Flags of neuronx-cc. Casts and targets count on the backend ``neuron``.
         partitioner_config: Limits to what may stay on the CPU; without one there are none.
-        inline_weights_to_neff: False moves weights apart from the program where the engine can.
+        inline_weights_to_neff: False keeps a module's weights out of the program, for `replace_weights`; they go to it
+            with each call.
         cpu_backend: Has no effect: compiling needs no device.
 
     Returns:
@@ -114,9 +120,9 @@ def trace(
         compiling.note_ignored(within)
     compiling.note_ignored({"compiler_workdir": compiler_workdir})
     flags = neuronx_flags(compiler_args)
-    traced = Traced(func, example_inputs)
+    traced = Traced(func, example_inputs, held=not inline_weights_to_neff)
     with compiling.vendors_errors():
-        artifact = traced.compile(flags, options=None if inline_weights_to_neff else {"inline_weights": False})
+        artifact = traced.compile(flags)
         share = compiling.share_on_target(artifact)
         parts = [one for one in artifact.placement.segments if one.engine == artifact.placement.primary]
     if share == 0:
@@ -124,6 +130,55 @@ def trace(
     if limits is not None:
         _hold(limits, share, [len(one.nodes) for one in parts], whole=artifact.placement.whole is not None)
     return traced.script(artifact, strict=False)
+
+
+def bucket_model_trace(
+    func: Callable[..., Any],
+    example_inputs: Sequence[Any],
+    bucket_config: BucketModelConfig,
+    compiler_workdir: str | None = None,
+    compiler_args: str | Sequence[str] | None = None,
+) -> Any:
+    """Compile a model for several shapes, as one module that chooses among them at each call.
+
+    Args:
+        func: Returns a module and its aliases, once for each bucket; called with ``func_kwargs`` of the configuration.
+        example_inputs: For each bucket what `trace` takes.
+        bucket_config: How calls find their bucket.
+        compiler_workdir: Has no effect; accelrt cleans up after compilers.
+        compiler_args: As for `trace`.
+
+    Returns:
+        TorchScript: positional CPU tensors in, of any shape that the kernel takes; what the models return out.
+
+    Raises:
+        TypeError: An argument that is not what it must be.
+        ValueError: There are no buckets, or models that return different nests.
+        RuntimeError: A bucket cannot be compiled, or nothing of it for the target.
+        NotImplementedError: There are aliases, or a shared state.
+    """
+    if not isinstance(bucket_config, BucketModelConfig):
+        raise TypeError(f"bucket_config is a BucketModelConfig, not a {type(bucket_config).__name__}")
+    if bucket_config.shared_state_buffer or bucket_config.shared_state_buffer_preprocessor is not None:
+        raise NotImplementedError("shared_state_buffer: accelrt's programs keep no state from call to call.")
+    if not isinstance(example_inputs, list | tuple) or not example_inputs:
+        raise ValueError("example_inputs is a list with the example inputs of each bucket")
+    compiling.note_ignored({"compiler_workdir": compiler_workdir})
+    flags, parts = neuronx_flags(compiler_args), []
+    for arguments, examples in zip(bucket_config.arguments(len(example_inputs)), example_inputs, strict=True):
+        made = func(**arguments)
+        if not isinstance(made, tuple) or len(made) != 2:
+            raise TypeError("func returns a module and a dictionary of its aliases")
+        module, aliases = made
+        if aliases:
+            raise NotImplementedError("input_output_aliases: accelrt's programs keep no state from call to call.")
+        traced = Traced(module, examples)
+        with compiling.vendors_errors():
+            artifact = traced.compile(flags)
+        if compiling.share_on_target(artifact) == 0:
+            raise RuntimeError(f"Nothing of the model can run on {artifact.placement.primary}: {artifact.explain()}")
+        parts.append((traced, artifact))
+    return bucketed(parts, bucket_config.kernel())
 
 
 def _hold(limits: PartitionerConfig, share: float, sizes: Sequence[int], *, whole: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,10 @@ import torch
 import torch.utils._pytree as pytree
 
 from accelrt.compat.neuron import compiling
+from accelrt.compat.neuron.buckets import Buckets, Packed
 from accelrt.compat.neuron.flags import Flags
 from accelrt.compat.neuron.program import pretending, program_of
+from accelrt.compat.neuron.weights import FlatHeld, PackedHeld, weights_of
 
 if TYPE_CHECKING:
     from accelrt.artifact.artifact import Artifact
@@ -47,11 +49,16 @@ class _Packed(torch.nn.Module):  # type: ignore[misc]
 class Traced:
     """What tracing starts from: a function, its example inputs, and what it returned for them.
 
+    Args:
+        function: What is traced.
+        example_inputs: A tensor, or a tuple or list of what the function takes.
+        held: Keep a module's weights out of the program; see `accelrt.compat.neuron.weights`.
+
     Raises:
         TypeError: The function is none, or an example is no tensor.
     """
 
-    def __init__(self, function: Callable[..., Any], example_inputs: Any) -> None:
+    def __init__(self, function: Callable[..., Any], example_inputs: Any, *, held: bool = False) -> None:
         if not callable(function):
             raise TypeError(f"a module or a function is traced, not a {type(function).__name__}")
         self.args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
@@ -59,7 +66,8 @@ class Traced:
         for one in self.examples:
             if not isinstance(one, torch.Tensor):
                 raise TypeError(f"example inputs are tensors, or nests of them; there is a {type(one).__name__}")
-        self.flat = _Flat(function, nest)
+        self.weights = weights_of(function) if held else {}
+        self.flat = FlatHeld(function, nest, list(self.weights)) if self.weights else _Flat(function, nest)
         self.names = _names(function, self.args, len(self.examples))
         with _evaluating(self.flat), torch.no_grad():
             leaves, self.results = pytree.tree_flatten(function(*self.args))
@@ -69,12 +77,16 @@ class Traced:
         """Compile for what ``ACCELRT_BACKEND`` says, through torch.export, else as torch.jit.trace sees it."""
         return compiling.build(
             [self.flat, compiling.Later(self._script)],
-            tuple(self.examples),
+            self._tensors,
             flags,
             fallback=fallback,
-            input_names=self.names,
+            input_names=[*self.names, *(f"weight_{index}" for index in range(len(self.weights)))],
             options=options,
         )
+
+    @property
+    def _tensors(self) -> tuple[Any, ...]:
+        return (*self.examples, *self.weights.values())
 
     def script(self, artifact: Artifact, **arguments: Any) -> Any:
         """Return an artifact as TorchScript.
@@ -86,13 +98,31 @@ class Traced:
         Raises:
             RuntimeError: TorchScript cannot return what the function does.
         """
-        packed = _Packed(program_of(artifact), self.results).eval()
+        program = program_of(artifact)
+        packed = PackedHeld(program, self.results, self.weights) if self.weights else _Packed(program, self.results)
+        packed.eval()
         with pretending(self.outputs), torch.no_grad():
             return _quietly(torch.jit.trace, packed, self.args, check_trace=False, **arguments)
 
     def _script(self) -> Any:
         with _evaluating(self.flat), torch.no_grad():
-            return _quietly(torch.jit.trace, self.flat, tuple(self.examples), check_trace=False, strict=False)
+            return _quietly(torch.jit.trace, self.flat, self._tensors, check_trace=False, strict=False)
+
+
+def bucketed(parts: Sequence[tuple[Traced, Artifact]], kernel: Any) -> Any:
+    """Return artifacts as one module of TorchScript, which asks a scripted kernel which of them a call is for.
+
+    Raises:
+        ValueError: Their models return different nests.
+        RuntimeError: TorchScript cannot return what the models do.
+    """
+    first = parts[0][0]
+    if any(traced.results != first.results for traced, _ in parts):
+        raise ValueError("The models of the buckets return different nests of tensors")
+    programs = [program_of(artifact) for _, artifact in parts]
+    packed = Packed(_quietly(torch.jit.script, Buckets(programs, kernel)), first.results).eval()
+    with pretending(first.outputs), torch.no_grad():
+        return _quietly(torch.jit.trace, packed, first.args, check_trace=False, strict=False)
 
 
 def _quietly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
