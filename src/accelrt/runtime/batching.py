@@ -267,7 +267,7 @@ class RequestBatcher:
             self._runs += 1
             self._rows += sum(request.rows for request in batch)
         try:
-            feeds = _together([feeds for _, feeds in given])
+            feeds = together([feeds for _, feeds in given])
             if isinstance(self._runner, OverlappingRunner):
                 future = self._runner.submit(feeds)
                 with self._lock:
@@ -276,7 +276,7 @@ class RequestBatcher:
                 future.add_done_callback(lambda done: self._finished(batch, done))
                 return
             outputs = self._runner.run(feeds)
-            parts = _apart(outputs, batch)
+            parts = apart(outputs, [request.rows for request in batch])
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits
             self._failed(batch, error)
             return
@@ -285,7 +285,7 @@ class RequestBatcher:
     def _finished(self, batch: Sequence[_Request], future: Future[Outputs]) -> None:
         """Answer a batch from an overlapping runner's thread, which must not be kept."""
         try:
-            self._succeeded(batch, _apart(future.result(), batch))
+            self._succeeded(batch, apart(future.result(), [request.rows for request in batch]))
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits
             self._failed(batch, error)
         finally:
@@ -370,16 +370,26 @@ class RequestBatcher:
                 self._expire(request)
 
 
-def _together(feeds: Sequence[Mapping[str, Value]]) -> Mapping[str, Value]:
+def together(feeds: Sequence[Mapping[str, Value]]) -> Mapping[str, Value]:
+    """Return the inputs of one run of several calls, which agree in names, types and sizes beyond the rows."""
     if len(feeds) == 1:
         return feeds[0]
     return {name: np.concatenate([one[name] for one in feeds]) for name in feeds[0]}
 
 
-def _apart(outputs: Outputs, batch: Sequence[_Request]) -> list[Outputs]:
-    if len(batch) == 1:
+def apart(outputs: Outputs, rows: Sequence[int]) -> list[Outputs]:
+    """Return each call's own outputs of a run that they shared.
+
+    Args:
+        outputs: Of the run.
+        rows: Of each call; of a single one, whatever it says, all outputs are its own.
+
+    Raises:
+        ExecutionError: An output does not have as many rows as the calls.
+    """
+    if len(rows) == 1:
         return [outputs]
-    return list(sliced(outputs, [0, *itertools.accumulate(request.rows for request in batch)]))
+    return list(sliced(outputs, [0, *itertools.accumulate(rows)]))
 
 
 def _late(request: _Request, why: str) -> RequestTimeout:

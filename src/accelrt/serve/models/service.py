@@ -1,0 +1,765 @@
+"""The models of a server: found in a repository, loaded, swapped, unloaded and brought back, with no request lost.
+
+Everything that takes long runs in threads of its own; the lock is held for moments. A front end holds a `LiveModel`
+while it answers a request, and what is taken out of service lives on until nobody holds it (`served`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import Self, TypeVar
+
+from accelrt.errors import (
+    AccelrtError,
+    ModelNotFound,
+    ModelUnavailable,
+    NotAllowed,
+    Overloaded,
+    RequestError,
+)
+from accelrt.serve.interface import IndexEntry, ModelStatistics, ServedModel
+from accelrt.serve.models import config as configs
+from accelrt.serve.models.opening import Opened, open_version
+from accelrt.serve.models.records import Entry, ModelSnapshot, Plan, Slot
+from accelrt.serve.models.repository import Repository, RepositoryModel, check_name, choose_versions, model_file
+from accelrt.serve.models.residency import Residency, Resident
+from accelrt.serve.models.served import LiveModel
+from accelrt.serve.models.settings import DEFAULT_MAX_QUEUE, ServiceSettings, merged
+from accelrt.serve.models.statistics import VersionStatistics
+from accelrt.serve.models.uploads import UploadedFiles, Uploads
+
+logger = logging.getLogger("accelrt")
+
+T = TypeVar("T")
+
+NOT_RESIDENT = "not in memory; the next request loads it"
+EVICTED_DRAIN_S = 0.5
+"""How long a model that makes room is kept for those who hold it; after that a request of theirs loads it again."""
+_FIRST_RETRY_S, _LONGEST_RETRY_S = 1.0, 60.0
+_RESCAN_S = 1.0
+
+
+class ModelService:
+    """The models of a server; implements `accelrt.serve.interface.Service`.
+
+    Its methods may be called from several event loops. Start it before use, and close it; ``async with`` does both.
+
+    Args:
+        settings: How it works.
+    """
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self.settings = settings
+        self._repository = Repository(settings.repository)
+        self._uploads = Uploads(settings.max_upload_bytes)
+        self.residency = Residency(settings.max_resident_models, settings.max_resident_bytes)
+        self._lock = threading.RLock()
+        self._entries: dict[str, Entry] = {}
+        # What `find` reads without a lock.
+        self._latest: dict[str, LiveModel] = {}
+        self._exact: dict[tuple[str, str], LiveModel] = {}
+        self._pool = ThreadPoolExecutor(settings.load_threads, "accelrt-load")
+        self._draining: set[Future[None]] = set()
+        self._started = self._closed = False
+        self._stop = threading.Event()
+        self._poller: threading.Thread | None = None
+        self._scanned_at = 0.0
+
+    # Life
+
+    async def start(self) -> None:
+        """Look at the repository and load what the control mode says, while there is room. Failures show in the index.
+
+        Raises:
+            ModelNotFound: There is no such repository, or a model to load at the start is not in it.
+        """
+        await _in_thread(self._start)
+
+    async def close(self) -> None:
+        """Take no more requests, answer those that were taken, and unload everything. Closing twice is no error."""
+        await _in_thread(self._close)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _start(self) -> None:
+        found = self._scan()
+        names = list(found)
+        if self.settings.control == "explicit":
+            wanted = self.settings.load_models
+            names = names if "*" in wanted else list(dict.fromkeys(wanted))
+            for name in names:
+                if name not in found:
+                    raise self._not_found(name)
+        with self._lock:
+            entries = [self._entries[name] for name in names]
+            for entry in entries:
+                entry.wanted = True
+        # Those that stay come first; the others take what room is left.
+        entries.sort(key=lambda entry: not (entry.found is not None and entry.found.settings.pinned))
+        for future in [self._pool.submit(self._first_load, entry) for entry in entries]:
+            future.result()
+        self._started = True
+        if self.settings.control == "poll":
+            self._poller = threading.Thread(target=self._poll, name="accelrt-poll", daemon=True)
+            self._poller.start()
+
+    def _first_load(self, entry: Entry) -> None:
+        with entry.serial:
+            if entry.found is None or self._closed:
+                return
+            # Without a limit all are loaded; with one, none is unloaded again for another at the start.
+            pinned = merged(entry.found.settings, self.settings.defaults).pinned
+            self._apply(entry, entry.found, evict=pinned, wait_s=self.settings.load_wait_s if pinned else 0.0)
+
+    def _close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            entries = list(self._entries.values())
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+        if self._poller is not None:
+            self._poller.join()
+        for entry in entries:
+            with entry.serial, self._lock:
+                for slot in entry.slots.values():
+                    self._retire(slot, self.settings.drain_s)
+                    if slot.loading is not None:
+                        _finish(slot.loading)
+        with self._lock:
+            draining = list(self._draining)
+        for future in draining:
+            future.result()
+        self._uploads.close()
+
+    # What front ends ask
+
+    def live(self) -> bool:
+        """Tell whether the server answers at all."""
+        return not self._closed
+
+    def ready(self) -> bool:
+        """Tell whether every model that should be loaded is, or is out of memory only until the next request."""
+        if not self._started or self._closed:
+            return False
+        with self._lock:
+            return all(
+                entry.slots and not entry.problem and all(_is_well(slot) for slot in entry.slots.values())
+                for entry in self._entries.values()
+                if entry.wanted
+            )
+
+    def find(self, name: str, version: str = "") -> ServedModel | None:
+        """Return a version of a model that is ready, None where `model` would have to wait or to refuse."""
+        return self._exact.get((name, version)) if version else self._latest.get(name)
+
+    async def model(self, name: str, version: str = "") -> ServedModel:
+        """Return a version of a model, by default the highest that is ready; load it if it made room for others.
+
+        Raises:
+            ModelNotFound: There is no such model or version.
+            ModelUnavailable: It is not loaded, failed to load, or was not loaded in time.
+            Overloaded: Too many requests wait for it to be loaded.
+        """
+        deadline = time.monotonic() + self.settings.load_wait_s
+        while True:
+            if (live := self.find(name, version)) is not None:
+                return live
+            with self._lock:
+                slot, loading = self._awaited(name, version)
+                slot.waiters += 1
+            try:
+                await asyncio.wait_for(
+                    asyncio.shield(asyncio.wrap_future(loading)), max(deadline - time.monotonic(), 0.001)
+                )
+            except (TimeoutError, asyncio.TimeoutError):  # noqa: UP041 - two classes before Python 3.11
+                raise _later(f"Model {name!r} is still being loaded.", 1.0) from None
+            finally:
+                with self._lock:
+                    slot.waiters -= 1
+
+    def index(self, *, ready: bool = False) -> Sequence[IndexEntry]:
+        """Return every version known, or those that are ready."""
+        if self.settings.control == "explicit" and time.monotonic() - self._scanned_at > _RESCAN_S:
+            with contextlib.suppress(AccelrtError, OSError):
+                self._scan()
+        rows: list[IndexEntry] = []
+        with self._lock:
+            for name in sorted(self._entries):
+                entry = self._entries[name]
+                known = sorted(entry.slots.values(), key=lambda slot: int(slot.version))
+                rows.extend(IndexEntry(name, slot.version, slot.state, slot.reason) for slot in known)
+                if not known:
+                    rows.append(IndexEntry(name, "", "UNAVAILABLE", entry.problem))
+        return [row for row in rows if row.state == "READY"] if ready else rows
+
+    async def load(self, name: str, parameters: Mapping[str, str | bytes | int | bool]) -> None:
+        """Load a model, or load it again, from the repository or from what the parameters bring.
+
+        Raises:
+            NotAllowed: The control mode is not ``explicit``.
+            ModelNotFound: It is not in the repository.
+            RequestError: It cannot be loaded as asked for; the old one, if there is one, goes on answering.
+        """
+        self._explicit("load")
+        check_name(name)
+        override, files = _parameters(parameters)
+        if override is not None or files:
+            await _in_thread(partial(self._load, name, override, files))
+            return
+        with self._lock:
+            entry = self._entries.setdefault(name, Entry(name))
+            joint = entry.joint
+            if joint is None:
+                joint = entry.joint = Future()
+                _spawn(partial(self._load_jointly, entry, joint))
+        await asyncio.shield(asyncio.wrap_future(joint))
+
+    async def unload(self, name: str, *, dependents: bool = False) -> None:
+        """Unload all versions of a model, when the requests that it holds are answered. No model here has dependents.
+
+        Raises:
+            NotAllowed: The control mode is not ``explicit``.
+            ModelNotFound: It is not known.
+        """
+        self._explicit("unload")
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is None:
+                raise self._not_found(name)
+        await _in_thread(partial(self._unload, entry))
+
+    def statistics(self, name: str = "", version: str = "") -> Sequence[ModelStatistics]:
+        """Return the statistics of one version, of all versions of a model, or of everything that was ever loaded.
+
+        Raises:
+            ModelNotFound: There is no such model or version.
+        """
+        with self._lock:
+            slots = [
+                slot
+                for entry in self._entries.values()
+                for slot in entry.slots.values()
+                if name in ("", slot.name) and version in ("", slot.version) and (slot.ever_loaded or name)
+            ]
+            pending = [slot.live.queue.busy if slot.live is not None else 0 for slot in slots]
+            if name and not slots and (name not in self._entries or version):
+                raise self._not_found(name, version)
+        return [
+            slot.statistics.read(slot.name, slot.version, count) for slot, count in zip(slots, pending, strict=True)
+        ]
+
+    def snapshot(self) -> Sequence[ModelSnapshot]:
+        """Return the state of every version, for status pages and metrics."""
+        with self._lock:
+            slots = [(slot, slot.live) for entry in self._entries.values() for slot in entry.slots.values()]
+        rows = []
+        for slot, live in slots:
+            latency = slot.statistics.summary()
+            facts = None if live is None else live.facts
+            rows.append(
+                ModelSnapshot(
+                    name=slot.name,
+                    version=slot.version,
+                    state=slot.state,
+                    reason=slot.reason,
+                    engines=() if facts is None else facts.engines,
+                    devices=() if facts is None else facts.devices,
+                    rate=slot.statistics.rate(),
+                    p50_ms=latency.p50_ms,
+                    p99_ms=latency.p99_ms,
+                    waiting=slot.waiters + (0 if live is None else live.queue.waiting),
+                    resident_bytes=0 if facts is None else facts.resident_bytes,
+                    placement={} if facts is None else facts.placement,
+                    batching="" if facts is None else facts.rows_reason,
+                    pinned=slot.plan.settings.pinned,
+                    pid=None if slot.predictor is None else slot.predictor.pid,
+                    restarts=0 if slot.predictor is None else slot.predictor.restarts,
+                )
+            )
+        return rows
+
+    # Requests that wait for a load
+
+    def _awaited(self, name: str, version: str) -> tuple[Slot, Future[None]]:
+        """Return what a request has to wait for, beginning a load if need be. Under the lock.
+
+        Raises:
+            ModelNotFound, ModelUnavailable, Overloaded: It would wait in vain.
+        """
+        if self._closed:
+            raise ModelUnavailable("The server is shutting down.")
+        entry = self._entries.get(name)
+        if entry is None:
+            raise self._not_found(name)
+        if version:
+            slots = [entry.slots[version]] if version in entry.slots else []
+            if entry.slots and not slots:
+                raise self._not_found(name, version)
+        else:
+            slots = sorted(entry.slots.values(), key=lambda slot: -int(slot.version))
+        if not slots:
+            why = entry.problem or "it was not loaded"
+            raise ModelUnavailable(f"Model {name!r} cannot answer: {why}.", hint="Load it.")
+        for slot in slots:
+            if slot.loading is None and slot.on_demand and slot.live is None and time.monotonic() >= slot.retry_at:
+                future: Future[None] = Future()
+                slot.loading = future
+                slot.state, slot.reason = "LOADING", ""
+                self._pool.submit(self._load_on_demand, entry, slot, future)
+            if slot.loading is not None and slot.live is None:
+                most = slot.plan.settings.max_queue or DEFAULT_MAX_QUEUE
+                if slot.waiters >= most:
+                    raise _overloaded(f"{slot.waiters} requests wait for model {name!r} to be loaded.")
+                return slot, slot.loading
+        slot = slots[0]
+        error = ModelUnavailable(f"Model {name!r} version {slot.version} cannot answer: {slot.reason or slot.state}.")
+        if slot.on_demand:
+            error.retry_after_s = max(slot.retry_at - time.monotonic(), 0.1)
+        elif slot.live is not None:  # its worker is being started again
+            error.retry_after_s = 1.0
+        raise error
+
+    def _load_on_demand(self, entry: Entry, slot: Slot, future: Future[None]) -> None:
+        try:
+            with entry.serial:
+                if entry.slots.get(slot.version) is slot and slot.on_demand and slot.live is None and not self._closed:
+                    self._bring_up(slot, slot.plan, evict=True, wait_s=self.settings.load_wait_s)
+        except AccelrtError as error:
+            with self._lock:
+                pause = min(_FIRST_RETRY_S * 2**slot.failures, _LONGEST_RETRY_S)
+                full = isinstance(error, ModelUnavailable)  # no room is no fault of the model
+                slot.failures += not full
+                slot.retry_at = time.monotonic() + (0.0 if full else pause)
+                slot.state, slot.reason = "UNAVAILABLE", str(error)
+        finally:
+            with self._lock:
+                if slot.loading is future:
+                    slot.loading = None
+            _finish(future)
+
+    # Loading and unloading; `entry.serial` is held
+
+    def _load_jointly(self, entry: Entry, joint: Future[None]) -> None:
+        """Load a model for all who asked meanwhile; those who ask later have it loaded again."""
+        try:
+            with entry.serial:
+                with self._lock:
+                    entry.joint = None
+                found = self._repository.look(entry.name)
+                self._load_as(entry, found, None)
+        except BaseException as error:  # noqa: BLE001 - told to those who asked
+            with self._lock:
+                if entry.joint is joint:
+                    entry.joint = None
+                if entry.found is None and not entry.slots and isinstance(error, ModelNotFound):
+                    self._entries.pop(entry.name, None)
+            joint.set_exception(_asked_in_vain(entry.name, error))
+        else:
+            joint.set_result(None)
+
+    def _load(self, name: str, override: configs.ModelConfig | None, files: Mapping[str, bytes]) -> None:
+        uploads = self._uploads.keep(files) if files else None
+        try:
+            found = self._repository.look(name)
+        except ModelNotFound:
+            if uploads is None:
+                raise
+            found = RepositoryModel(name)
+        if uploads is not None:
+            config = override or found.config
+            preferred = config.default_model_filename if config is not None else ""
+            present = uploads.versions
+            chosen = choose_versions(config, present)
+            paths = {version: model_file(uploads.folder / version, preferred) for version in chosen}
+            found = replace(found, versions=paths, present=present, stamp=(), problem=None)
+        if override is not None:
+            if override.name not in ("", name):
+                raise RequestError(f"The configuration is for {override.name[:80]!r}, and {name!r} is to be loaded.")
+            found = replace(found, config=override, problem=None)
+            if uploads is None:
+                found = self._with_versions(found, override)
+        with self._lock:
+            entry = self._entries.setdefault(name, Entry(name))
+        try:
+            with entry.serial:
+                self._load_as(entry, found, uploads)
+        except AccelrtError as error:
+            raise _asked_in_vain(name, error) from error
+
+    def _with_versions(self, found: RepositoryModel, override: configs.ModelConfig) -> RepositoryModel:
+        """Choose versions anew, since the configuration that came with the request may serve others."""
+        paths = self._repository.versions(found, override)
+        return replace(found, versions=paths)
+
+    def _load_as(self, entry: Entry, found: RepositoryModel, uploads: UploadedFiles | None) -> None:
+        entry.wanted, entry.uploaded = True, uploads is not None
+        failures = self._apply(entry, found, uploads=uploads, again=True, evict=True, wait_s=self.settings.load_wait_s)
+        if failures:
+            raise failures[0]
+
+    def _apply(
+        self,
+        entry: Entry,
+        found: RepositoryModel,
+        *,
+        uploads: UploadedFiles | None = None,
+        again: bool = False,
+        evict: bool,
+        wait_s: float,
+    ) -> list[AccelrtError]:
+        """Load the versions that the repository's model says and unload the others; return what failed.
+
+        Args:
+            again: Also those that are loaded and did not change.
+            evict: Unload other models where there is no room; otherwise leave the rest for requests to load.
+            wait_s: How long to wait for room.
+        """
+        with self._lock:
+            entry.found, entry.problem = found, found.problem or ""
+        if found.problem is not None:
+            return [RequestError(f"{found.problem}.")]
+        settings = merged(found.settings, self.settings.defaults)
+        failures: list[AccelrtError] = []
+        for version in sorted(found.versions, key=int):
+            path = found.versions[version]
+            stamp = tuple(
+                row
+                for row in found.stamp
+                if row[0].startswith(f"{path.parent}/" if path.parent.name == version else str(path))
+            )
+            plan = Plan(path, stamp, found.config, settings, uploads)
+            with self._lock:
+                slot = entry.slots.get(version)
+                if slot is None:
+                    slot = entry.slots[version] = Slot(entry.name, version, plan)
+                elif slot.plan == plan and not again and (slot.live is not None or slot.on_demand):
+                    continue
+                future: Future[None] = Future()
+                slot.loading = future
+                if slot.live is None:
+                    slot.state, slot.reason = "LOADING", ""
+            try:
+                self._bring_up(slot, plan, evict=evict, wait_s=wait_s, fresh=True)
+            except ModelUnavailable as error:
+                self._not_now(slot, plan, error, evict, failures)
+            except AccelrtError as error:
+                failures.append(error)
+                self._failed(slot, error)
+            finally:
+                with self._lock:
+                    slot.loading = None
+                _finish(future)
+        with self._lock:
+            gone = [version for version in entry.slots if version not in found.versions]
+            for version in gone:
+                self._retire(entry.slots.pop(version), self.settings.drain_s)
+        return failures
+
+    def _not_now(
+        self, slot: Slot, plan: Plan, error: ModelUnavailable, evict: bool, failures: list[AccelrtError]
+    ) -> None:
+        """There was no room: at the start that is no failure, and a request will load it."""
+        if evict or error.retry_after_s is None:  # the latter: there never will be
+            failures.append(error)
+            self._failed(slot, error)
+            return
+        with self._lock:
+            if slot.live is None:
+                slot.plan, slot.on_demand = plan, True
+                slot.state, slot.reason = "UNAVAILABLE", NOT_RESIDENT
+
+    def _failed(self, slot: Slot, error: AccelrtError) -> None:
+        logger.warning("Model %s version %s was not loaded: %s", slot.name, slot.version, error)
+        with self._lock:
+            if slot.live is not None:
+                slot.reason = f"the last load failed, and the version before it answers: {error}"
+            else:
+                slot.state, slot.reason = "UNAVAILABLE", str(error)
+
+    def _bring_up(self, slot: Slot, plan: Plan, *, evict: bool, wait_s: float, fresh: bool = False) -> None:
+        """Load a version, warm it up, and have it answer in the place of what did so far."""
+        token = object()
+        expected = slot.known_bytes or sum(size for _, size, _, _ in plan.stamp)
+        self.residency.reserve(token, Resident(slot.name, expected), wait_s=wait_s, evict=evict, replaces=slot.token)
+        statistics = VersionStatistics() if fresh else slot.statistics
+        try:
+            opened = open_version(
+                slot.name,
+                slot.version,
+                plan,
+                statistics,
+                trust=self.settings.trust,
+                direct_us=self.settings.direct_us,
+                proof=None if fresh else slot.proof,
+                versions=(slot.version,),
+                again=self.model,
+                changed=partial(self._worker_changed, slot, token),
+            )
+        except BaseException as error:
+            self.residency.release(token)
+            if isinstance(error, AccelrtError):
+                raise
+            raise RequestError(f"It could not be loaded: {type(error).__name__}: {error}") from error
+        self._take_over(slot, plan, token, opened, statistics)
+        self.residency.trim()
+
+    def _take_over(self, slot: Slot, plan: Plan, token: object, opened: Opened, statistics: VersionStatistics) -> None:
+        queue, size = opened.live.queue, opened.live.facts.resident_bytes
+        self.residency.settle(
+            token,
+            Resident(
+                slot.name,
+                size,
+                plan.settings.pinned,
+                lambda: not queue.busy,
+                lambda: statistics.last_used_ns,
+                partial(self._evict, slot, token),
+            ),
+        )
+        with self._lock:
+            self._retire(slot, self.settings.drain_s)
+            statistics.last_used_ns = time.monotonic_ns()
+            slot.plan, slot.live, slot.token, slot.statistics = plan, opened.live, token, statistics
+            slot.predictor, slot.proof, slot.known_bytes = opened.isolated, opened.proof, size
+            slot.state, slot.reason = "READY", opened.note
+            slot.on_demand = slot.ever_loaded = True
+            slot.failures, slot.retry_at = 0, 0.0
+            self._publish(slot.name)
+
+    def _unload(self, entry: Entry) -> None:
+        with entry.serial:
+            with self._lock:
+                entry.wanted = False
+                futures = [self._retire(slot, self.settings.drain_s) for slot in entry.slots.values()]
+                for slot in entry.slots.values():
+                    slot.on_demand = False
+                    if slot.state != "UNLOADING":
+                        slot.state, slot.reason = "UNAVAILABLE", slot.reason or "unloaded"
+            for future in futures:
+                if future is not None:
+                    future.result()
+            with self._lock:
+                for slot in entry.slots.values():
+                    if slot.live is None:
+                        slot.state, slot.reason = "UNAVAILABLE", "unloaded"
+
+    def _evict(self, slot: Slot, token: object) -> None:
+        """Unload a version to make room; called by `Residency`, and does not wait."""
+        with self._lock:
+            if slot.token is token:
+                self._retire(slot, EVICTED_DRAIN_S)
+                slot.state, slot.reason = "UNAVAILABLE", NOT_RESIDENT
+
+    def _retire(self, slot: Slot, drain_s: float) -> Future[None] | None:
+        """Take what answers for a version out of service; return what is done when it is gone. Under the lock."""
+        live, token = slot.live, slot.token
+        if live is None:
+            return None
+        queue, predictor, released = live.queue, live.predictor, live.released
+        slot.live = slot.token = slot.predictor = None
+        slot.state = "UNLOADING"
+        self._publish(slot.name)
+        del live  # or it would never be released
+
+        def drain() -> None:
+            # Who found it holds it until it has answered. One who holds it longer than that finds another.
+            released.wait(drain_s)
+            queue.close()
+            predictor.close()
+            self.residency.release(token)
+
+        future = _spawn(drain)
+        self._draining.add(future)
+        future.add_done_callback(self._draining.discard)
+        return future
+
+    def _publish(self, name: str) -> None:
+        """Renew what `find` reads. Under the lock."""
+        entry = self._entries.get(name)
+        slots = [] if entry is None else [slot for slot in entry.slots.values() if slot.state == "READY"]
+        ready = {slot.version: slot.live for slot in slots if slot.live is not None}
+        for key in [key for key in self._exact if key[0] == name and key[1] not in ready]:
+            del self._exact[key]
+        for version, live in ready.items():
+            self._exact[name, version] = live
+        if ready:
+            self._latest[name] = ready[max(ready, key=int)]
+        else:
+            self._latest.pop(name, None)
+
+    def _worker_changed(self, slot: Slot, token: object, reason: str | None) -> None:
+        """A worker process died, with the reason, or is back."""
+        if reason is not None:
+            logger.warning("Model %s version %s: %s", slot.name, slot.version, reason)
+        with self._lock:
+            if slot.token is not token:
+                return
+            slot.state, slot.reason = ("READY", "") if reason is None else ("UNAVAILABLE", reason)
+            self._publish(slot.name)
+
+    # The repository
+
+    def _scan(self) -> dict[str, RepositoryModel]:
+        """Look at the repository, and let the index know of what is in it."""
+        found = self._repository.scan()
+        self._scanned_at = time.monotonic()
+        with self._lock:
+            for name, model in found.items():
+                entry = self._entries.setdefault(name, Entry(name))
+                if not entry.slots:
+                    entry.found, entry.problem = model, model.problem or ""
+            for name in [name for name, entry in self._entries.items() if name not in found]:
+                entry = self._entries[name]
+                if not any(slot.live or slot.loading or slot.on_demand for slot in entry.slots.values()) and not (
+                    entry.joint or entry.uploaded
+                ):
+                    del self._entries[name]
+        return found
+
+    def _poll(self) -> None:
+        """Follow the repository. What changed is loaded when it looks the same twice: then nobody is writing it."""
+        before: dict[str, RepositoryModel] = {}
+        tried: dict[str, RepositoryModel] = {}
+        while not self._stop.wait(self.settings.poll_s):
+            try:
+                found = self._repository.scan()
+            except (AccelrtError, OSError) as error:
+                logger.warning("The repository could not be read: %s", error)
+                continue
+            for name, model in found.items():
+                with self._lock:
+                    entry = self._entries.setdefault(name, Entry(name))
+                    changed = entry.found is None or entry.found != model or not entry.wanted
+                if changed and before.get(name) == model and tried.get(name) != model:
+                    tried[name] = model
+                    with contextlib.suppress(RuntimeError):  # the pool was shut down
+                        self._pool.submit(self._follow, entry, model)
+            for name in [name for name in self._entries if name not in found]:
+                if name not in before:  # gone at two looks
+                    tried.pop(name, None)
+                    self._forget(name)
+            before = found
+
+    def _follow(self, entry: Entry, model: RepositoryModel) -> None:
+        with entry.serial:
+            entry.wanted = True
+            for error in self._apply(entry, model, evict=not self.residency.limited, wait_s=0.0):
+                logger.warning("Model %s: %s", entry.name, error)
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            entry = self._entries[name]
+        self._unload(entry)
+        with self._lock:
+            self._entries.pop(name, None)
+
+    # Errors
+
+    def _explicit(self, verb: str) -> None:
+        if self.settings.control != "explicit":
+            raise NotAllowed(
+                f"A client asked to {verb} a model, and the control mode is {self.settings.control!r}.",
+                hint="Start the server with the control mode explicit.",
+            )
+
+    def _not_found(self, name: str, version: str = "") -> ModelNotFound:
+        with self._lock:
+            entry = self._entries.get(name)
+            if version and entry is not None:
+                known = ", ".join(sorted(entry.slots, key=int))
+                return ModelNotFound(
+                    f"Model {name!r} has no version {version[:40]!r} here.", hint=f"Versions: {known}."
+                )
+            close = difflib.get_close_matches(name[:80], self._entries, 1)
+        return ModelNotFound(
+            f"There is no model {name[:80]!r}.",
+            hint=f"Did you mean {close[0]!r}?" if close else "The index lists them.",
+        )
+
+
+def _is_well(slot: Slot) -> bool:
+    if slot.live is not None:
+        return slot.state == "READY"
+    return slot.on_demand and not slot.failures
+
+
+def _parameters(
+    parameters: Mapping[str, str | bytes | int | bool],
+) -> tuple[configs.ModelConfig | None, dict[str, bytes]]:
+    """Take the parameters of a load request apart."""
+    override: configs.ModelConfig | None = None
+    files: dict[str, bytes] = {}
+    for key, value in parameters.items():
+        if key == "config" and isinstance(value, str | bytes):
+            override = configs.from_json(value)
+        elif key.startswith("file:") and isinstance(value, bytes):
+            files[key] = value
+        else:
+            raise RequestError(
+                f"A load request has the parameter {key[:80]!r} ({type(value).__name__}).",
+                hint="It takes config, as text, and file:<version>/<name>, as bytes.",
+            )
+    return override, files
+
+
+def _asked_in_vain(name: str, error: BaseException) -> BaseException:
+    """Return what a client is told whose load failed."""
+    if not isinstance(error, AccelrtError) or isinstance(error, ModelNotFound | RequestError | ModelUnavailable):
+        return error
+    told = RequestError(f"Model {name!r} cannot be loaded: {error.message}", hint=error.hint)
+    told.__cause__ = error
+    return told
+
+
+def _later(message: str, seconds: float) -> ModelUnavailable:
+    error = ModelUnavailable(message, hint="Ask again.")
+    error.retry_after_s = seconds
+    return error
+
+
+def _overloaded(message: str) -> Overloaded:
+    error = Overloaded(message, hint="Ask again later.")
+    error.retry_after_s = 1.0
+    return error
+
+
+def _finish(future: Future[None]) -> None:
+    with contextlib.suppress(InvalidStateError):  # closing was faster
+        future.set_result(None)
+
+
+def _spawn(function: Callable[[], T]) -> Future[T]:
+    """Run a function in a thread of its own, so that nobody waits for a place in a pool."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="accelrt-serve-work", daemon=True).start()
+    return future
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    return await asyncio.shield(asyncio.wrap_future(_spawn(function)))
