@@ -99,8 +99,20 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def _model_service(settings: ServerSettings) -> RunningService:
-    module = importlib.import_module("accelrt.serve.models.service")
-    return cast("RunningService", module.ModelService(settings))
+    from accelrt.serve.models.service import ModelService
+    from accelrt.serve.models.settings import ModelSettings, ServiceSettings
+
+    return ModelService(
+        ServiceSettings(
+            (settings.repository,),
+            control=settings.control_mode,
+            load_models=settings.load,
+            poll_s=settings.poll_s,
+            trust=settings.trust,
+            defaults=ModelSettings(backend=settings.backend),
+            drain_s=settings.drain_s,
+        )
+    )
 
 
 async def _serve(
