@@ -47,6 +47,8 @@ HEAVY = (
     "typer",
     "matplotlib",
     "mlperf_loadgen",
+    "fastapi",
+    "msgspec",
 )
 
 

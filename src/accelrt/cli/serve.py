@@ -51,6 +51,12 @@ def serve(
         typer.Option("--backend", "-b", help="Target for models whose configuration names none.", metavar="TARGET"),
     ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let programs in artifacts run code.")] = False,
+    max_models: Annotated[
+        int | None, typer.Option("--max-resident-models", help="Models loaded at a time; others wait.", min=1)
+    ] = None,
+    max_memory: Annotated[
+        int | None, typer.Option("--max-resident-mib", help="Memory that loaded models may hold, MiB.", min=1)
+    ] = None,
     api_keys: Annotated[
         Path | None,
         typer.Option("--api-keys", help="File of API keys, one a line; ACCELRT_API_KEYS in the environment adds more."),
@@ -116,6 +122,8 @@ def serve(
         poll_s=poll,
         backend=backend,
         trust=trust,
+        max_resident_models=max_models,
+        max_resident_bytes=None if max_memory is None else max_memory * 2**20,
         host=host or ("0.0.0.0" if sagemaker else "127.0.0.1"),
         http_port=_wanted(http_port, sagemaker_port() if sagemaker else HTTP_PORT),
         grpc_port=_wanted(grpc_port, None if sagemaker else GRPC_PORT),

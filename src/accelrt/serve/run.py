@@ -8,9 +8,7 @@ import importlib
 import logging
 import os
 import signal
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, cast
 
 from accelrt.errors import ServingError
@@ -30,12 +28,8 @@ class RunningService(Service, Protocol):
         """Load what is to be loaded at the start."""
         ...
 
-    async def drain(self, timeout_s: float) -> None:
-        """Take nothing more, and answer what is there, for ``timeout_s`` seconds at most."""
-        ...
-
     async def close(self) -> None:
-        """Unload everything."""
+        """Take no more requests, answer those that were taken, and unload everything."""
         ...
 
 
@@ -52,22 +46,38 @@ class FrontEnd(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """A front end that may be there: a module with ``async start(service, settings)``."""
-
-    name: str
-    module: str
-    setting: str
-    needs: frozenset[str]
+Starter = Callable[[Service, ServerSettings], Awaitable[FrontEnd]]
 
 
-# Each is imported only if it is asked for. HTTP is first: it says whether the server lives while models are loaded.
-_KINDS = (
-    _Kind("http", "accelrt.serve.http.server", "http_port", frozenset({"fastapi", "httptools", "msgspec", "orjson"})),
-    _Kind("grpc", "accelrt.serve.grpc.server", "grpc_port", frozenset({"grpc", "google"})),
-    _Kind("metrics", "accelrt.serve.metrics", "metrics_port", frozenset({"prometheus_client"})),
-)
+async def _start_http(service: Service, settings: ServerSettings) -> FrontEnd:
+    module = importlib.import_module("accelrt.serve.http.server")
+    return cast("FrontEnd", await module.start(service, settings))
+
+
+async def _start_grpc(service: Service, settings: ServerSettings) -> FrontEnd:
+    for needed in ("grpc", "google.protobuf"):  # so that what is missing is named, whatever the front end makes of it
+        importlib.import_module(needed)
+    module, tls = importlib.import_module("accelrt.serve.grpc"), settings.tls
+    own = module.GrpcSettings(
+        host=settings.host,
+        port=settings.grpc_port,
+        max_message_bytes=min(settings.limits.body_bytes, _LARGEST_MESSAGE),
+        certificate=None if tls is None else tls.certificate,
+        private_key=None if tls is None else tls.key,
+        client_ca=None if tls is None else tls.client_ca,
+        api_keys=settings.api_keys,
+    )
+    return cast("FrontEnd", await module.start(service, own))
+
+
+async def _start_metrics(service: Service, settings: ServerSettings) -> FrontEnd:
+    module = importlib.import_module("accelrt.serve.metrics")
+    return cast("FrontEnd", await module.start(service, settings))
+
+
+# HTTP is first: it says whether the server lives while models are loaded.
+_STARTERS: Mapping[str, Starter] = {"http": _start_http, "grpc": _start_grpc, "metrics": _start_metrics}
+_LARGEST_MESSAGE = 2**31 - 1  # of gRPC
 
 Announce = Callable[[Mapping[str, int]], None]
 
@@ -110,6 +120,8 @@ def _model_service(settings: ServerSettings) -> RunningService:
             poll_s=settings.poll_s,
             trust=settings.trust,
             defaults=ModelSettings(backend=settings.backend),
+            max_resident_models=settings.max_resident_models,
+            max_resident_bytes=settings.max_resident_bytes,
             drain_s=settings.drain_s,
         )
     )
@@ -123,11 +135,11 @@ async def _serve(
     front_ends: dict[str, FrontEnd] = {}
     try:
         # Before the models are loaded, so that an orchestrator sees a server that lives and is not ready.
-        for kind in _KINDS:
-            if getattr(settings, kind.setting) is not None:
-                front_end = await _start(kind, service, settings)
+        for name, start in _STARTERS.items():
+            if getattr(settings, f"{name}_port") is not None:
+                front_end = await _started(name, start, service, settings)
                 if front_end is not None:
-                    front_ends[kind.name] = front_end
+                    front_ends[name] = front_end
         if not front_ends:
             raise ServingError("The server has no front end: none was asked for, or none could be imported.")
         if await _first_of(service.start(), stopped):
@@ -159,22 +171,16 @@ def _watch_signals() -> asyncio.Event:
     return stopped
 
 
-async def _start(kind: _Kind, service: Service, settings: ServerSettings) -> FrontEnd | None:
-    """Start a front end, or say why it is not there."""
+async def _started(name: str, start: Starter, service: Service, settings: ServerSettings) -> FrontEnd | None:
+    """Start a front end; if what it needs is not installed, say so and go on without it, but not without HTTP."""
     try:
-        module = importlib.import_module(kind.module)
+        return await start(service, settings)
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in kind.needs and error.name != kind.module and not kind.module.startswith(f"{error.name}."):
-            raise
-        if kind.name == "http":
-            raise ServingError(
-                f"The HTTP front end needs {error.name}, which is not installed.", hint=EXTRA_HINT
-            ) from None
-        hint = EXTRA_HINT if missing in kind.needs else "It is not part of this installation."
-        logger.warning("no %s front end: %s is not there. %s", kind.name, error.name, hint)
-        return None
-    return cast("FrontEnd", await module.start(service, settings))
+        missing = error.name or str(error)
+    if name == "http":
+        raise ServingError(f"The HTTP front end needs {missing}, which is not installed.", hint=EXTRA_HINT)
+    logger.warning("no %s front end: it needs %s, which is not installed. %s", name, missing, EXTRA_HINT)
+    return None
 
 
 async def _first_of(starting: Any, stopped: asyncio.Event) -> bool:
@@ -194,11 +200,9 @@ async def _first_of(starting: Any, stopped: asyncio.Event) -> bool:
 
 async def _end(service: RunningService, front_ends: Mapping[str, FrontEnd], grace_s: float) -> None:
     """Stop accepting, have everything answered, and unload; whatever fails, the rest is ended too."""
-    deadline = time.monotonic() + grace_s
     steps = [front_end.stop(grace_s) for name, front_end in front_ends.items() if name != "metrics"]
     problems = await asyncio.gather(*steps, return_exceptions=True)
     for step in (
-        lambda: service.drain(max(0.0, deadline - time.monotonic())),
         service.close,
         *(lambda f=front_end: f.stop(0.0) for name, front_end in front_ends.items() if name == "metrics"),
     ):

@@ -42,9 +42,9 @@ class Limits:
         tensors: Inputs, and outputs asked for, of one request.
         connections: Open at once.
         header_s: From a connection's first byte of a request to the end of its headers.
-        body_s: From there to the end of the body.
+        body_s: From there to the end of the body, and a second more for each 64 KiB that came.
         idle_s: A connection between requests.
-        write_s: A client that does not read what it asked for.
+        write_s: A client that reads nothing of what it asked for.
         request_s: From the end of a request to its answer.
     """
 
@@ -86,6 +86,8 @@ class ServerSettings:
         poll_s: Between two looks at the repository with ``poll``.
         backend: Target for models whose configuration names none; None for ``ACCELRT_BACKEND``, else the CPU.
         trust: Whether programs in artifacts may run code.
+        max_resident_models: How many models are loaded at a time; None for all.
+        max_resident_bytes: How much they may hold; None for no limit.
         host: Address to listen at.
         http_port, grpc_port, metrics_port: 0 lets the system choose; None leaves that front end out.
         api_keys: Any of which a client must show; none if empty.
@@ -104,6 +106,8 @@ class ServerSettings:
     poll_s: float = 15.0
     backend: str | None = None
     trust: bool = False
+    max_resident_models: int | None = None
+    max_resident_bytes: int | None = None
     host: str = "127.0.0.1"
     http_port: int | None = HTTP_PORT
     grpc_port: int | None = GRPC_PORT

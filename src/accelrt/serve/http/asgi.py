@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 from accelrt.serve.http.connection import Incoming
-from accelrt.serve.http.replies import Reply, reply_of
+from accelrt.serve.http.replies import ID_HEADER, Reply, reply_of
 
 Message: TypeAlias = MutableMapping[str, Any]
 AsgiApp: TypeAlias = Callable[
@@ -63,6 +63,6 @@ async def through(app: AsgiApp, request: Incoming) -> Reply:
     try:
         await app(scope, receive, send)
     except Exception as error:  # noqa: BLE001 a request must not end the connection, whatever it meets
-        return reply_of(error)
+        return reply_of(error, request.headers.get(ID_HEADER))
     reply.body = bytes(body)
     return reply

@@ -29,6 +29,9 @@ MOST_PIPELINED = 16
 LINGER_S = 2.0
 """How long what a refused client still sends is thrown away, so that it gets to read why."""
 
+SLOWEST_BODY = 64 * 2**10
+"""Bytes a second that a client must keep up after `Limits.body_s`."""
+
 _IDLE, _HEAD, _BODY, _DEAF = range(4)
 _ALIGNED = 64
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
@@ -97,7 +100,7 @@ class Connection(asyncio.Protocol):
         self._timed_out = False
         self._reading, self._since = _IDLE, time.monotonic()
         self._read_paused = self._write_paused = self._ended = False
-        self._write_since = 0.0
+        self._write_since, self._unwritten = 0.0, 0
         self._target = b""
         self._headers: dict[bytes, bytes] = {}
         self._head_bytes = self._header_count = 0
@@ -134,6 +137,7 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._write_paused, self._write_since = True, time.monotonic()
+        self._unwritten = self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         self._write_paused = False
@@ -412,6 +416,8 @@ class Connection(asyncio.Protocol):
         """Close the connection, or give up its request, where a time is over."""
         limits = self._limits
         waited = now - self._since
+        if self._write_paused and self._transport.get_write_buffer_size() < self._unwritten:
+            self._write_since, self._unwritten = now, self._transport.get_write_buffer_size()
         if self._write_paused and now - self._write_since > limits.write_s:
             self._transport.abort()
         elif self._task is not None:
@@ -425,8 +431,8 @@ class Connection(asyncio.Protocol):
             if waited > limits.header_s:
                 self._refuse(failure(408, f"The headers did not come within {limits.header_s:g} seconds."))
         elif self._reading == _BODY:
-            if waited > limits.body_s:
-                self._refuse(failure(408, f"The body did not come within {limits.body_s:g} seconds."))
+            if waited > limits.body_s + self._received / SLOWEST_BODY:
+                self._refuse(failure(408, "The body came too slowly."))
         elif waited > limits.idle_s and not self._waiting:
             self._transport.close()
 

@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from accelrt.serve.http.bodies import SMALLEST_COMPRESSED, accepted, compressed, decompressed
-from accelrt.serve.http.replies import Reply, reply_of
+from accelrt.serve.http.replies import ID_HEADER, Reply, reply_of
 from accelrt.serve.http.wire import HEADER_LENGTH, Wishes, header_length, read_raw_request, read_request, write_response
 from accelrt.serve.interface import InferRequest, ServedModel, Service
 from accelrt.serve.settings import Limits
@@ -41,15 +41,15 @@ class Inference:
         try:
             length = header_length(_text(headers.get(_LENGTH_HEADER)))
             if length == 0:
-                return self._raw(name, version, body, arrived_ns, wanted)
+                return self._raw(name, version, headers, body, arrived_ns)
             request, wishes = read_request(body, length, self._limits, arrived_ns)
             model = self._service.find(name, version)
             response = None if model is None else model.infer_now(request)
             if response is None:
-                return self._wait(model, name, version, request, wishes, wanted)
+                return self._wait(model, name, version, request, wishes, headers)
             reply = write_response(response, wishes)
         except Exception as error:  # noqa: BLE001 a request must not end the connection, whatever it meets
-            return reply_of(error)
+            return reply_of(error, headers.get(ID_HEADER))
         return reply if wanted is None else _compress(reply, wanted)
 
     async def _wait(
@@ -59,25 +59,26 @@ class Inference:
         version: str,
         request: InferRequest,
         wishes: Wishes,
-        wanted: bytes | None,
+        headers: Mapping[bytes, bytes],
     ) -> Reply:
         try:
             if model is None:
                 model = await self._service.model(name, version)
             reply = write_response(await model.infer(request), wishes)
         except Exception as error:  # noqa: BLE001 as above
-            return reply_of(error)
+            return reply_of(error, headers.get(ID_HEADER))
+        wanted = headers.get(b"accept-encoding")
         return await _settled(reply if wanted is None else _compress(reply, wanted))
 
     async def _raw(
-        self, name: str, version: str, body: bytes | memoryview, arrived_ns: int, wanted: bytes | None
+        self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes | memoryview, arrived_ns: int
     ) -> Reply:
         try:
             model = self._service.find(name, version) or await self._service.model(name, version)
             request, wishes = read_raw_request(body, model.metadata, arrived_ns)
         except Exception as error:  # noqa: BLE001 as above
-            return reply_of(error)
-        return await self._wait(model, name, version, request, wishes, wanted)
+            return reply_of(error, headers.get(ID_HEADER))
+        return await self._wait(model, name, version, request, wishes, headers)
 
     async def _decompress_first(
         self,

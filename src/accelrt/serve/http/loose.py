@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -202,7 +203,7 @@ def read_npy(body: bytes | memoryview) -> Array:
             raise RequestError(f"The npy format {version} is not read.")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream, max_header_size=_LONGEST_NPY_HEADER)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError) as error:
         raise RequestError(f"The body is no npy: {str(error)[:100]}.") from None
     if dtype.kind not in "biuf" or dtype.hasobject:
         raise RequestError(f"An npy of {str(dtype)[:40]} is not taken.")

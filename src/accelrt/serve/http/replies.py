@@ -41,6 +41,9 @@ _STATUS: tuple[tuple[type[AccelrtError], int], ...] = (
 _PATH = re.compile(r"(?<![\w/.:])(?:~|/[\w.@+~-]+)(?:/[\w.@+~-]+)+/?")
 _LONGEST = 500
 
+ID_HEADER = b"x-request-id"
+_LONGEST_ID = 128
+
 
 @dataclass(slots=True)
 class Reply:
@@ -107,15 +110,26 @@ def reason_of(error: BaseException) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
-def reply_of(error: BaseException, request_id: str = "") -> Reply:
-    """Return the reply for an error, and log those that are the server's own."""
+def clean_id(given: bytes | None) -> str:
+    """Return a client's request id if it is harmless in headers and logs, else nothing."""
+    text = (given or b"").decode("latin-1")
+    if 0 < len(text) <= _LONGEST_ID and text.isascii() and all(c.isalnum() or c in "-_.:+/=" for c in text):
+        return text
+    return ""
+
+
+def reply_of(error: BaseException, request_id: bytes | None = None) -> Reply:
+    """Return the reply for an error, and log those that are the server's own, with the id that the client gave."""
     if isinstance(error, HttpError):
         return failure(error.status, error.reason, error.headers)
     status = status_of(error)
     if status == 500:
         expected = isinstance(error, AccelrtError)
         logger.error(
-            "request failed: %s", error, exc_info=None if expected else error, extra={"request_id": request_id}
+            "request failed: %s",
+            error,
+            exc_info=None if expected else error,
+            extra={"request_id": clean_id(request_id)},
         )
     headers = None
     if isinstance(error, ModelUnavailable) and error.retry_after_s is not None:

@@ -18,7 +18,7 @@ from accelrt.serve.http.asgi import AsgiApp, through
 from accelrt.serve.http.connection import Connection, Incoming
 from accelrt.serve.http.control import control_app
 from accelrt.serve.http.inference import Inference
-from accelrt.serve.http.replies import Reply, reply_of
+from accelrt.serve.http.replies import ID_HEADER, Reply, clean_id, reply_of
 from accelrt.serve.http.web import could_be_name
 from accelrt.serve.interface import Service
 from accelrt.serve.settings import Limits, ServerSettings, is_loopback, tls_context
@@ -29,9 +29,7 @@ CHECK_S = 0.5
 """Between two looks at the times of all connections."""
 
 BACKLOG = 2048
-_MOST_ROUTES = 4096
-_ID_HEADER = b"x-request-id"
-_LONGEST_ID = 128
+_MOST_ROUTES, _LONGEST_ROUTE = 4096, 512
 
 
 class HttpServer:
@@ -121,14 +119,15 @@ class HttpServer:
     def _route(self, target: bytes) -> tuple[str, str] | None:
         """Return model and version of a target for inference, None for other targets; remembers some."""
         route = infer_route(target)
-        if len(self._routes) >= _MOST_ROUTES:
-            self._routes.clear()
-        self._routes[target] = route
+        if len(target) <= _LONGEST_ROUTE:
+            if len(self._routes) >= _MOST_ROUTES:
+                self._routes.clear()
+            self._routes[target] = route
         return route
 
     def _ids_and_logs(self, request: Incoming, reply: Reply) -> str:
         """Return the header of the request's id, and log the request where that is wanted."""
-        given = request.headers.get(_ID_HEADER)
+        given = request.headers.get(ID_HEADER)
         if given is None and not self._logs:
             return ""
         id_ = clean_id(given) or secrets.token_hex(8)
@@ -182,14 +181,6 @@ def _harmless(name: bytes, version: bytes) -> tuple[str, str] | None:
     """Return the two as text; those that could be paths go the slow way, where they are refused."""
     plain = unquote(name.decode("latin-1")), unquote(version.decode("latin-1"))
     return plain if could_be_name(plain[0]) and (not version or could_be_name(plain[1])) else None
-
-
-def clean_id(given: bytes | None) -> str:
-    """Return a client's request id if it is harmless in headers and logs, else nothing."""
-    text = (given or b"").decode("latin-1")
-    if 0 < len(text) <= _LONGEST_ID and text.isascii() and all(c.isalnum() or c in "-_.:+/=" for c in text):
-        return text
-    return ""
 
 
 async def start(service: Service, settings: ServerSettings) -> HttpServer:
