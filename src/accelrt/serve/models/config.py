@@ -248,7 +248,7 @@ class _Reader:
         default = fields.number("default_priority_level", 0, 0, MAX_PRIORITIES) or 0
         if levels and not 1 <= default <= levels:
             raise RequestError(
-                f"The configuration's default_priority_level is {default}; with {levels} priority_levels it must be from "
+                f"The configuration's default_priority_level is {default}; with {levels} levels it must be from "
                 f"1 to {levels}."
             )
         return DynamicBatching(

@@ -58,6 +58,7 @@ class Residency:
     def __init__(self, most: int | None, most_bytes: int | None) -> None:
         self._most, self._most_bytes = most, most_bytes
         self._residents: dict[object, Resident] = {}
+        self._line: list[object] = []  # who waits for room, in order
         self._changed = threading.Condition()
         self.evictions = 0
 
@@ -99,26 +100,35 @@ class Residency:
                     f"Model {resident.name!r} holds {resident.size} bytes; {self._most_bytes} may be in memory.",
                     hint="Raise max_resident_bytes.",
                 )
-            while not self._fits(resident.size, replaces, leaving=True):
-                victim = None
-                if evict and not self._fits(resident.size, replaces, leaving=False):
-                    victim = choose_victim([one for key, one in self._residents.items() if key is not replaces])
-                if victim is not None and victim.evict is not None:
-                    victim.leaving = True
-                    self.evictions += 1
-                    victim.evict()
-                    continue
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    error = ModelUnavailable(
-                        f"There is no room for model {resident.name!r}: every other one is pinned or busy.",
-                        hint="Ask again, or raise max_resident_models or max_resident_bytes.",
-                    )
-                    error.retry_after_s = 1.0
-                    raise error
-                # What is busy becomes idle without telling.
-                self._changed.wait(min(left, 0.05))
+            self._line.append(token)
+            try:
+                self._make_room(token, resident, deadline, evict, replaces)
+            finally:
+                self._line.remove(token)
+                self._changed.notify_all()
             self._residents[token] = resident
+
+    def _make_room(self, token: object, resident: Resident, deadline: float, evict: bool, replaces: object) -> None:
+        """Wait for room, and for those who came before: else whoever is loaded most often would always be faster."""
+        while self._line[0] is not token or not self._fits(resident.size, replaces, leaving=True):
+            victim = None
+            if self._line[0] is token and evict and not self._fits(resident.size, replaces, leaving=False):
+                victim = choose_victim([one for key, one in self._residents.items() if key is not replaces])
+            if victim is not None and victim.evict is not None:
+                victim.leaving = True
+                self.evictions += 1
+                victim.evict()
+                continue
+            left = deadline - time.monotonic()
+            if left <= 0:
+                error = ModelUnavailable(
+                    f"There is no room for model {resident.name!r}: every other one is pinned or busy.",
+                    hint="Ask again, or raise max_resident_models or max_resident_bytes.",
+                )
+                error.retry_after_s = 1.0
+                raise error
+            # What is busy becomes idle without telling.
+            self._changed.wait(min(left, 0.05))
 
     def _fits(self, size: int, replaces: object, *, leaving: bool) -> bool:
         """Whether there is room, counting those that are leaving or not."""
@@ -128,16 +138,11 @@ class Residency:
         return self._most_bytes is None or sum(one.size for one in there) + size <= self._most_bytes
 
     def settle(self, token: object, resident: Resident) -> None:
-        """Say what a model that was reserved turned out to be."""
+        """Say what a model that was reserved turned out to be, if it is not gone already."""
         with self._changed:
-            self._residents[token] = resident
+            if token in self._residents:
+                self._residents[token] = resident
             self._changed.notify_all()
-
-    def leave(self, token: object) -> None:
-        """Say that a model is being unloaded, so that nobody else does it."""
-        with self._changed:
-            if (resident := self._residents.get(token)) is not None:
-                resident.leaving = True
 
     def release(self, token: object) -> None:
         """Say that a model is gone."""

@@ -45,6 +45,8 @@ T = TypeVar("T")
 NOT_RESIDENT = "not in memory; the next request loads it"
 EVICTED_DRAIN_S = 0.5
 """How long a model that makes room is kept for those who hold it; after that a request of theirs loads it again."""
+CLOSING_DRAIN_S = 0.2
+"""The same when the server closes: the front ends are closed before, and what they queued is answered."""
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 1.0, 60.0
 _RESCAN_S = 1.0
 
@@ -146,7 +148,7 @@ class ModelService:
         for entry in entries:
             with entry.serial, self._lock:
                 for slot in entry.slots.values():
-                    self._retire(slot, self.settings.drain_s)
+                    self._retire(slot, min(CLOSING_DRAIN_S, self.settings.drain_s))
                     if slot.loading is not None:
                         _finish(slot.loading)
         with self._lock:
@@ -189,6 +191,8 @@ class ModelService:
             if (live := self.find(name, version)) is not None:
                 return live
             with self._lock:
+                if (live := self.find(name, version)) is not None:  # it became ready just now
+                    return live
                 slot, loading = self._awaited(name, version)
                 slot.waiters += 1
             try:
@@ -529,6 +533,16 @@ class ModelService:
 
     def _take_over(self, slot: Slot, plan: Plan, token: object, opened: Opened, statistics: VersionStatistics) -> None:
         queue, size = opened.live.queue, opened.live.facts.resident_bytes
+        with self._lock:
+            self._retire(slot, self.settings.drain_s)
+            statistics.last_used_ns = time.monotonic_ns()
+            slot.plan, slot.live, slot.token, slot.statistics = plan, opened.live, token, statistics
+            slot.predictor, slot.proof, slot.known_bytes = opened.isolated, opened.proof, size
+            slot.state, slot.reason = "READY", opened.note
+            slot.on_demand = slot.ever_loaded = True
+            slot.failures, slot.retry_at = 0, 0.0
+            self._publish(slot.name)
+        # Only now: whoever makes room must find what it is to unload.
         self.residency.settle(
             token,
             Resident(
@@ -540,15 +554,6 @@ class ModelService:
                 partial(self._evict, slot, token),
             ),
         )
-        with self._lock:
-            self._retire(slot, self.settings.drain_s)
-            statistics.last_used_ns = time.monotonic_ns()
-            slot.plan, slot.live, slot.token, slot.statistics = plan, opened.live, token, statistics
-            slot.predictor, slot.proof, slot.known_bytes = opened.isolated, opened.proof, size
-            slot.state, slot.reason = "READY", opened.note
-            slot.on_demand = slot.ever_loaded = True
-            slot.failures, slot.retry_at = 0, 0.0
-            self._publish(slot.name)
 
     def _unload(self, entry: Entry) -> None:
         with entry.serial:
