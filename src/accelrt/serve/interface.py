@@ -118,6 +118,37 @@ class ModelStatistics:
     timed_out: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class ModelSnapshot:
+    """The state of one version at a moment, for status pages and metrics.
+
+    Attributes:
+        rate: Requests answered a second of late.
+        waiting: Requests whose turn has not come.
+        resident_bytes: What it holds in memory, 0 if it is not loaded.
+        placement: Nodes on each engine.
+        batching: Whether requests may share runs, and why or why not.
+        pid: Of its worker process, None if it has none.
+    """
+
+    name: str
+    version: str
+    state: ModelState
+    reason: str
+    engines: tuple[str, ...]
+    devices: tuple[str, ...]
+    rate: float
+    p50_ms: float | None
+    p99_ms: float | None
+    waiting: int
+    resident_bytes: int
+    placement: Mapping[str, int]
+    batching: str
+    pinned: bool
+    pid: int | None
+    restarts: int
+
+
 class ServedModel(Protocol):
     """One version of a model that is loaded. It stays usable until the requests that it was found for are answered."""
 
@@ -206,4 +237,8 @@ class Service(Protocol):
         Raises:
             ModelNotFound: There is no such model.
         """
+        ...
+
+    def snapshot(self) -> Sequence[ModelSnapshot]:
+        """Return the state of every version now, for metrics and the status page."""
         ...

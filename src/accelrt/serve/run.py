@@ -109,20 +109,22 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def _model_service(settings: ServerSettings) -> RunningService:
-    wishes = importlib.import_module("accelrt.serve.models.settings")
-    module = importlib.import_module("accelrt.serve.models.service")
-    own = wishes.ServiceSettings(
-        (settings.repository,),
-        control=settings.control_mode,
-        load_models=settings.load,
-        poll_s=settings.poll_s,
-        trust=settings.trust,
-        defaults=wishes.ModelSettings(backend=settings.backend),
-        max_resident_models=settings.max_resident_models,
-        max_resident_bytes=settings.max_resident_bytes,
-        drain_s=settings.drain_s,
+    from accelrt.serve.models.service import ModelService
+    from accelrt.serve.models.settings import ModelSettings, ServiceSettings
+
+    return ModelService(
+        ServiceSettings(
+            (settings.repository,),
+            control=settings.control_mode,
+            load_models=settings.load,
+            poll_s=settings.poll_s,
+            trust=settings.trust,
+            defaults=ModelSettings(backend=settings.backend),
+            max_resident_models=settings.max_resident_models,
+            max_resident_bytes=settings.max_resident_bytes,
+            drain_s=settings.drain_s,
+        )
     )
-    return cast("RunningService", module.ModelService(own))
 
 
 async def _serve(

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from accelrt.serve.http.replies import Reply, failure
 
-OPEN_TARGETS = frozenset({b"/v2/health/live", b"/v2/health/ready", b"/ping"})
-"""Asked by orchestrators, which have no key; they tell nothing but whether the server is up."""
+OPEN_TARGETS = frozenset({b"/v2/health/live", b"/v2/health/ready", b"/ping", b"/ui", b"/ui/page.css", b"/ui/page.js"})
+"""Asked by orchestrators and by browsers for the status page, which have no key yet; they tell nothing but whether the
+server is up."""
 
 _LOOPBACK_NAMES = frozenset({b"localhost", b"127.0.0.1", b"[::1]"})
 

@@ -24,6 +24,7 @@ from accelrt.serve.http.bodies import decompressed
 from accelrt.serve.http.inference import Inference
 from accelrt.serve.http.loose import parse
 from accelrt.serve.http.replies import HttpError, Reply, failure, json_reply, reply_of
+from accelrt.serve.http.status_page import status_page
 from accelrt.serve.http.web import checked, response, whole_body
 from accelrt.serve.interface import Service
 from accelrt.serve.settings import Limits, ServerSettings
@@ -67,6 +68,7 @@ def control_app(
     _repository(app, service, settings.limits)
     _others(app)
     classic.predictions(app, service, settings.limits)
+    status_page(app, service, draining)
     if settings.sagemaker:
         classic.sagemaker(app, service, settings, inference, draining)
     return app

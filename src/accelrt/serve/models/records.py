@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,34 +90,3 @@ class Entry:
     serial: threading.Lock = field(default_factory=threading.Lock)
     joint: Future[None] | None = None
     pending: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSnapshot:
-    """The state of one version at a moment, for status pages and metrics.
-
-    Attributes:
-        rate: Requests answered a second of late.
-        waiting: Requests whose turn has not come.
-        resident_bytes: What it holds in memory, 0 if it is not loaded.
-        placement: Nodes on each engine.
-        batching: Whether requests may share runs, and why or why not.
-        pid: Of its worker process, None if it has none.
-    """
-
-    name: str
-    version: str
-    state: ModelState
-    reason: str
-    engines: tuple[str, ...]
-    devices: tuple[str, ...]
-    rate: float
-    p50_ms: float | None
-    p99_ms: float | None
-    waiting: int
-    resident_bytes: int
-    placement: Mapping[str, int]
-    batching: str
-    pinned: bool
-    pid: int | None
-    restarts: int

@@ -27,10 +27,10 @@ from accelrt.errors import (
     Overloaded,
     RequestError,
 )
-from accelrt.serve.interface import IndexEntry, ModelState, ModelStatistics, ServedModel
+from accelrt.serve.interface import IndexEntry, ModelSnapshot, ModelState, ModelStatistics, ServedModel
 from accelrt.serve.models import config as configs
 from accelrt.serve.models.opening import Opened, open_version
-from accelrt.serve.models.records import Entry, ModelSnapshot, Plan, Slot
+from accelrt.serve.models.records import Entry, Plan, Slot
 from accelrt.serve.models.repository import Repository, RepositoryModel, check_name, choose_versions, model_file
 from accelrt.serve.models.residency import Residency, Resident
 from accelrt.serve.models.served import LiveModel
@@ -86,6 +86,11 @@ class ModelService:
             ModelNotFound: There is no such repository, or a model to load at the start is not in it.
         """
         await _in_thread(self._start)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Close, but wait ``timeout_s`` seconds at most."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.close(), timeout_s)
 
     async def close(self) -> None:
         """Take no more requests, answer those that were taken, and unload everything. Closing twice is no error."""
