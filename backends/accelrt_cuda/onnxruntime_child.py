@@ -17,6 +17,7 @@ from accelrt_cuda.diagnosis import CUDNN
 from accelrt_cuda.failures import short
 from accelrt_cuda.onnxruntime_options import CPU, CUDA, CudaOnnxRuntimeOptions
 from accelrt_cuda.onnxruntime_session import (
+    ERRORS_ONLY,
     absent_provider,
     assignments,
     remark,
@@ -35,7 +36,7 @@ def probe(module: str, device_id: int) -> dict[str, Any]:
     """Return versions, and the newest opsets and IR version, or ``problem``: why nothing runs on CUDA."""
     from accelrt.graph.kernel_table import newest_versions
 
-    ort = runtime(module)
+    ort = _runtime(module)
     if CUDA not in ort.get_available_providers():
         return {"problem": f"it has no {CUDA}, only {', '.join(ort.get_available_providers())}"}
     try:
@@ -63,7 +64,7 @@ def kernels(module: str) -> list[list[Any]]:
     Asked of a child of its own: where a library of any provider is missing, TensorRT's included, onnxruntime 1.31.1
     ends the process instead of answering. Builds whose CUDA provider is a plug-in answer for it alone.
     """
-    state = runtime(module).capi.onnxruntime_pybind11_state
+    state = _runtime(module).capi.onnxruntime_pybind11_state
     try:
         listed = state.get_registered_ep_kernel_defs(CUDA)
     except (AttributeError, RuntimeError):
@@ -77,7 +78,7 @@ def kernels(module: str) -> list[list[Any]]:
 
 def try_out(module: str, device_id: int, models: Sequence[str]) -> list[str | None]:
     """Return for each model, as base64, why CUDA does not run all of it, None if it does."""
-    ort = runtime(module)
+    ort = _runtime(module)
     return [_trial(ort, base64.b64decode(text), device_id) for text in models]
 
 
@@ -100,7 +101,7 @@ def build(module: str, model: str, device_id: int, options: Mapping[str, Any]) -
     """
     import onnx
 
-    ort, chosen = runtime(module), CudaOnnxRuntimeOptions(**options)
+    ort, chosen = _runtime(module), CudaOnnxRuntimeOptions(**options)
     try:
         made = session(ort, model, chosen, device_id)
     except Exception as error:
@@ -122,6 +123,17 @@ def build(module: str, model: str, device_id: int, options: Mapping[str, Any]) -
             backend="cuda/onnxruntime",
         )
     return {"placed": to_json(placed), "remark": remark(placed, chosen)}
+
+
+def _runtime(module: str) -> Any:
+    """Return onnxruntime, with errors alone in the log of the process, which is a child and nobody's but ours.
+
+    Otherwise onnxruntime 1.31.1 warns at every session that its CUDA provider is no plug-in. In the caller's process
+    that log is the caller's: its level can be set and not be read, so it could not be put back.
+    """
+    ort = runtime(module)
+    ort.set_default_logger_severity(ERRORS_ONLY)
+    return ort
 
 
 def _cpu_takes(ort: Any, model: Any) -> bool:

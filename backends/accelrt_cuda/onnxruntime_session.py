@@ -6,14 +6,14 @@ import contextlib
 import importlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from accelrt_cuda.onnxruntime_options import CPU, CUDA, TENSORRT, CudaOnnxRuntimeOptions, providers_of
 
-_WARNINGS, ERRORS_ONLY, FATAL_ONLY = 2, 3, 4
+ERRORS_ONLY, FATAL_ONLY = 3, 4
 
 
 @cache
@@ -59,23 +59,8 @@ def session(
         chosen.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if not optimise:
         chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    with _no_warnings(ort):
-        # Without enable_fallback=0, onnxruntime's Python would print an error and make the session on the CPU.
-        return ort.InferenceSession(model, chosen, providers=providers_of(options, device_id), enable_fallback=0)
-
-
-@contextlib.contextmanager
-def _no_warnings(ort: Any) -> Iterator[None]:
-    """Keep onnxruntime's log from a warning at every session that its CUDA provider is no plug-in (1.31.1).
-
-    The log of the process is meant, not of the session. Its level can be set and not be read, so it is set back to what
-    onnxruntime starts with.
-    """
-    ort.set_default_logger_severity(ERRORS_ONLY)
-    try:
-        yield
-    finally:
-        ort.set_default_logger_severity(_WARNINGS)
+    # Without enable_fallback=0, onnxruntime's Python would print an error and make the session on the CPU.
+    return ort.InferenceSession(model, chosen, providers=providers_of(options, device_id), enable_fallback=0)
 
 
 def absent_provider(made: Any, options: CudaOnnxRuntimeOptions) -> str | None:

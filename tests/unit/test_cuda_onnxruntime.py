@@ -20,6 +20,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import accelrt
+from accelrt import isolation
 from accelrt.backend import CompileJob, Device, Program
 from accelrt.errors import CompileError, DeviceLost, ExecutionError, IncompatibleProgram, OptionError, OutOfDeviceMemory
 from accelrt.graph.load import load_graph
@@ -61,6 +62,15 @@ def target(_machine: None) -> Iterator[str]:
 
 def devices() -> Sequence[Device]:
     return nvml.devices()
+
+
+@pytest.fixture
+def with_tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give TensorRT's provider its libraries; child processes that were started under it serve no other test."""
+    monkeypatch.setenv("STAND_IN_TENSORRT", "1")
+    isolation.restart()
+    yield
+    isolation.restart()
 
 
 def compiled(engine: Any, model: onnx.ModelProto, folder: Path, precision: Any = "fp32", **options: Any) -> Program:
@@ -123,8 +133,8 @@ def test_what_has_no_kernel_is_refused_with_the_reason(engine: Any) -> None:
     assert found["Acos"].reason == "onnxruntime places Acos on the CPU: no CUDA kernel takes it as it is"
 
 
-def test_the_table_tells_before_a_trial_where_it_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STAND_IN_TENSORRT", "1")
+@pytest.mark.usefixtures("with_tensorrt")
+def test_the_table_tells_before_a_trial_where_it_can_be_read() -> None:
     engine = importlib.import_module("cuda_stand_in").StandInEngine()
     found = verdicts(engine, strange())
     assert found["Relu"].supported
@@ -277,22 +287,30 @@ def test_tensorrts_libraries_are_looked_for_before_onnxruntime_dies_of_them(engi
         provider.unlink()
 
 
-def test_tensorrt_under_onnxruntime_says_who_computes_what(
-    engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from accelrt import isolation
-
-    monkeypatch.setenv("STAND_IN_TENSORRT", "1")
-    isolation.restart()
+@pytest.mark.usefixtures("with_tensorrt")
+def test_tensorrt_under_onnxruntime_says_who_computes_what(engine: Any, tmp_path: Path) -> None:
     program = compiled(engine, mlp(), tmp_path, execution_provider="tensorrt", use_tf32=True)
-    isolation.restart()
     assert program.remark == "3 nodes by TensorRT, 2 by CUDA"
 
 
-def test_nothing_is_printed(engine: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with engine.load(compiled(engine, mlp(), tmp_path), devices()) as executable:
-        executable.run({"x": np.zeros((1, 16), np.float32)})
+@pytest.mark.parametrize(("level", "lines"), [(2, 1), (3, 0)], ids=["warnings", "errors"])
+def test_nothing_is_printed_but_what_the_level_of_the_callers_log_lets_through(
+    engine: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    level: int,
+    lines: int,
+) -> None:
+    stand_in = importlib.import_module("onnxruntime_cuda_stand_in")
+    monkeypatch.setattr(stand_in, "_severity", level)
+    program = compiled(engine, mlp(), tmp_path)  # in a child process, whose log is ours
     assert capfd.readouterr() == ("", "")
+    with engine.load(program, devices()) as executable:
+        executable.run({"x": np.zeros((1, 16), np.float32)})
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n"), err.count("No registered plugin EP device")) == ("", lines, lines)
+    assert stand_in._severity == level
 
 
 # Precision
