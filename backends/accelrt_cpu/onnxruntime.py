@@ -24,7 +24,7 @@ from accelrt.backend import (
 from accelrt.errors import CompileError, IncompatibleProgram, OptionError, OutOfDeviceMemory
 from accelrt.graph.node import INLINE_BYTES, WEIGHTS_FILE, Node
 from accelrt.graph.ort_values import unreachable, widen_borders
-from accelrt_cpu.isa import instruction_set
+from accelrt.programs import instruction_set
 from accelrt_cpu.onnxruntime_values import executable
 
 if TYPE_CHECKING:

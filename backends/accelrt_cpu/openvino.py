@@ -29,7 +29,7 @@ from accelrt.backend import (
 from accelrt.errors import AccelrtError, CompileError, IncompatibleProgram, IsolatedError, OutOfDeviceMemory
 from accelrt.graph.node import Node
 from accelrt.graph.types import TensorType
-from accelrt_cpu.isa import instruction_set
+from accelrt.programs import instruction_set
 from accelrt_cpu.openvino_deviations import deviation
 from accelrt_cpu.openvino_runtime import DEVICE, HINTS, OpenVinoOptions, Resident, core, mapped, properties_of, short
 

@@ -28,8 +28,8 @@ from accelrt.backend import (
 from accelrt.errors import AccelrtError, CompileError, IncompatibleProgram, OptionError, OutOfDeviceMemory
 from accelrt.graph.node import Node
 from accelrt.graph.types import Signature, TensorType
-from accelrt_cpu.isa import instruction_set
-from accelrt_cpu.whole_files import first_line, keep, status_of
+from accelrt.programs import first_line, instruction_set, keep
+from accelrt_cpu.whole_files import status_of
 
 _CHILD = "accelrt_cpu.tensorflow_child"
 _TRIAL_S = 600.0

@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 from accelrt.errors import CompileError
-from accelrt_cpu.torch_runtime import writes
+from accelrt.graph.exported import writes
 
 _COMPILERS = ("g++", "clang++", "c++")
 # Operators whose result may be their argument's memory, besides those whose schema says so.

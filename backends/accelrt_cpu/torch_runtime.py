@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from accelrt.backend import Executable
+from accelrt.graph.exported import writes
 from accelrt.graph.types import Port, Signature, TensorType, Value, numpy_dtype
 
 # How types that torch's own conversion lacks travel: with the same bits, in an integer of the same width.
@@ -43,15 +44,6 @@ def open_program(path: Path, signature: Signature, threads: int, bf16: bool) -> 
 
     results = _results(program)
     return Resident(call, signature, held, threads=threads, bf16=bf16, copies_inputs=writes(program))
-
-
-def writes(program: Any) -> bool:
-    """Tell whether an exported program has an operator that works in place, and so might write to an input."""
-    if any(result.kind.name == "USER_INPUT_MUTATION" for result in program.graph_signature.output_specs):
-        return True
-    graphs = (module.graph for module in program.graph_module.modules() if hasattr(module, "graph"))
-    schemas = (getattr(node.target, "_schema", None) for graph in graphs for node in graph.nodes)
-    return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 def _arguments(program: Any) -> list[tuple[bool, Any]]:

@@ -1,30 +1,15 @@
-"""What the engines of whole sources share: keep a source among a program's files without a second copy."""
+"""What the engines of whole sources share: whether a framework is there and works."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 
 from accelrt import isolation
 from accelrt.backend import Status
 from accelrt.errors import AccelrtError
 
 PROBE_S = 180.0
-
-
-def keep(source: Path, out: Path) -> Path:
-    """Put a source into a program's folder: as a link to the same bytes where the file system can."""
-    target = out / source.name
-    with contextlib.suppress(OSError):
-        os.link(source, target)
-        return target
-    shutil.copyfile(source, target)
-    return target
 
 
 def status_of(package: str, probe: str, remedy: str) -> Status:
@@ -48,9 +33,3 @@ def _probe(function: str) -> tuple[str | None, str | None]:
         return isolation.call(function, timeout_s=PROBE_S), None
     except (AccelrtError, OSError) as error:
         return None, str(error)
-
-
-def first_line(error: BaseException, describe: Callable[[BaseException], str] = str) -> str:
-    """Return the kind of an error and the first line of what it says."""
-    lines = [line.strip() for line in describe(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__

@@ -41,8 +41,7 @@ from accelrt.errors import (
 from accelrt.graph.node import WEIGHTS_FILE, Node
 from accelrt.graph.types import Signature, TensorType
 from accelrt.isolation import Child
-from accelrt_cpu.isa import instruction_set
-from accelrt_cpu.whole_files import first_line, keep
+from accelrt.programs import first_line, instruction_set, keep
 from accelrt_cuda.torch_settings import (
     FACTS,
     PACKAGE,

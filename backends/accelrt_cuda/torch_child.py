@@ -184,7 +184,7 @@ def _limits(span: Any) -> list[int | None]:
 
 def _unsafe(program: Any, signature: Signature) -> str | None:
     """Return why compiled code must not be used for a program: it checks nothing that torch itself would check."""
-    from accelrt_cpu.torch_runtime import writes
+    from accelrt.graph.exported import writes
 
     if writes(program):
         return "it has operators that work in place"

@@ -16,9 +16,9 @@ import torch
 
 from accelrt.backend import DeviceTensor, Executable, Precision
 from accelrt.errors import IncompatibleProgram, InputError, OutOfDeviceMemory
+from accelrt.graph.exported import writes
 from accelrt.graph.lowering.dtypes import torch_dtype
 from accelrt.graph.types import Port, Signature, TensorType, Value
-from accelrt_cpu.torch_runtime import writes
 from accelrt_cuda.torch_lanes import Key, Lane, Lanes, Work
 from accelrt_cuda.torch_place import Place
 from accelrt_cuda.torch_prepare import HALVES, prepare

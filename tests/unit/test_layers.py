@@ -22,7 +22,7 @@ LAYERS = (
     ("errors", "data", "nature"),
     ("graph", "policy", "isolation"),
     # protocol: what both ends of a network connection mean by the same bytes, a server's front end and a backend.
-    ("backend", "target", "cores", "protocol"),
+    ("backend", "target", "cores", "protocol", "programs"),
     ("registry",),
     ("sources", "options", "partition", "precision", "inventory"),
     ("artifact",),
@@ -36,7 +36,10 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # cores: a backend cuts its devices into groups by its vendor's variables, and the scheduler has to mean the same by them.
-BACKENDS_MAY_IMPORT = {"backend", "cores", "errors", "graph", "isolation", "protocol"}
+# programs: what several backends do alike with a program's files.
+BACKENDS_MAY_IMPORT = {"backend", "cores", "errors", "graph", "isolation", "programs", "protocol"}
+# Engines that are cpu/onnxruntime with something before it: what it computes is rounded, or a server computes it.
+STAND_ON_THE_CPU = {"accelrt_neuron/emulator.py", "accelrt_eia/remote.py"}
 HEAVY = (
     "onnx",
     "onnx_ir",
@@ -55,8 +58,8 @@ HEAVY = (
 )
 
 
-def _modules(folder: Path) -> Iterator[Path]:
-    yield from sorted(folder.rglob("*.py"))
+def _modules(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
 
 
 def _imports(path: Path) -> Iterator[str]:
@@ -102,6 +105,17 @@ def test_core_imports_no_backend(path: Path) -> None:
 def test_backends_import_the_contract_only(path: Path) -> None:
     rooms = {room for dotted in _imports(path) if (room := _room(dotted)) is not None}
     assert rooms <= BACKENDS_MAY_IMPORT
+
+
+@pytest.mark.parametrize("path", _modules(BACKENDS), ids=lambda p: str(p.relative_to(BACKENDS)))
+def test_a_backend_imports_no_other_backend(path: Path) -> None:
+    own = path.relative_to(BACKENDS).parts[0]
+    packages = {folder.name for folder in BACKENDS.iterdir() if folder.is_dir()} - {own}
+    found = {dotted for dotted in _imports(path) if dotted.partition(".")[0] in packages}
+    if str(path.relative_to(BACKENDS)) in STAND_ON_THE_CPU:
+        assert found
+        found = {dotted for dotted in found if not dotted.startswith("accelrt_cpu.onnxruntime")}
+    assert not found
 
 
 def test_only_graph_knows_onnx_ir() -> None:

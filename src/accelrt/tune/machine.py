@@ -41,11 +41,8 @@ _THREAD_VARIABLES = frozenset({"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_N
 
 def registered_classes() -> list[str]:
     """Return the backends that this process registered and a child process can import, as ``module:class``."""
-    return [
-        f"{cls.__module__}:{cls.__qualname__}"
-        for name, cls in REGISTRY.registered().items()
-        if name not in hidden_backends()
-    ]
+    hidden = hidden_backends()
+    return [f"{cls.__module__}:{cls.__qualname__}" for name, cls in REGISTRY.registered().items() if name not in hidden]
 
 
 def hidden_backends() -> set[str]:
