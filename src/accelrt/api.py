@@ -17,8 +17,8 @@ from accelrt.target import AUTO, parse_groups, requested
 from accelrt.tune.wishes import Wishes
 
 if TYPE_CHECKING:
-    from accelrt.artifact.build import Progress
     from accelrt.artifact.candidates import CandidateTable, Objective
+    from accelrt.artifact.making import Progress
     from accelrt.backend import Precision
     from accelrt.partition.stages import StagePlan
     from accelrt.precision.calibrate import Calibration
@@ -84,7 +84,7 @@ def compile(
             keep the cut that is fastest as measured, or as fast with fewer segments. Measured with ``example_inputs``
             that fit the signature, else the first inputs given for ``verify``, else random ones with every symbolic
             dimension 1. Takes a second to a minute or two; the cache remembers the result for this machine. Not for
-            ``auto``, nor with ``batch`` or ``cores``.
+            ``auto``, nor with ``batch`` or ``cores``, nor for a model that runs whole.
         objective: For ``auto``: ``"latency"`` (least median of a call, the default), ``"throughput"`` (most rows a
             second) or ``"memory"`` (least peak resident memory).
         latency_budget: For ``auto``: most seconds that a call may take at the percentile.
@@ -183,11 +183,11 @@ def compile(
         verify,
         cache,
         progress,
-        divided_by="batch" if sizes else "cores" if stages is not None else None,
+        of_graphs="batch" if sizes else "cores" if stages is not None else "tune" if tune else None,
     )
     if named_whole:
         return compile_whole(whole)
-    if not tune and (found := whole_if_it_can(whole)) is not None:  # what is tuned is the cut of a graph
+    if (found := whole_if_it_can(whole)) is not None:
         return found
     if progress is not None:
         progress("reading the model", 0, 1)

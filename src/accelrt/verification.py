@@ -35,7 +35,7 @@ from accelrt.target import Target
 
 if TYPE_CHECKING:
     from accelrt.artifact.artifact import Artifact
-    from accelrt.artifact.build import Check
+    from accelrt.artifact.making import Check
     from accelrt.graph.model import Graph
 
 Reference: TypeAlias = Literal["fp32", "float64"]
@@ -121,7 +121,7 @@ class Verifier:
 
     def check(self) -> Check:
         """Return the check that a build runs before its artifact is seen; it raises `VerificationError`."""
-        from accelrt.artifact.build import Check
+        from accelrt.artifact.making import Check
 
         def run(artifact: Artifact) -> Mapping[str, Any]:
             report = self.verify(artifact)

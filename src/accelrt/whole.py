@@ -20,7 +20,7 @@ from accelrt.registry import CPU, REGISTRY, Candidate, status_of, takes_whole
 from accelrt.target import Target
 
 if TYPE_CHECKING:
-    from accelrt.artifact.build import Check, Progress
+    from accelrt.artifact.making import Check, Progress
     from accelrt.backend import Precision
     from accelrt.sources import SourceRequest, WholeSource
 
@@ -31,8 +31,8 @@ __all__ = ["WholeCompile", "compile_whole", "takes_whole", "whole_candidates", "
 class WholeCompile:
     """A call of `accelrt.compile` that may end in a model run whole; fields are its arguments, checked.
 
-    ``request`` holds the source's options. ``verify`` is None or what `accelrt.compile` was given. ``divided_by`` is
-    ``batch`` or ``cores`` where that was asked for, else None.
+    ``request`` holds the source's options. ``verify`` is None or what `accelrt.compile` was given. ``of_graphs`` is
+    ``batch``, ``cores`` or ``tune`` where that was asked for, which is of graphs alone, else None.
     """
 
     model: Any
@@ -44,7 +44,7 @@ class WholeCompile:
     verify: Any = None
     cache: bool = True
     progress: Progress | None = None
-    divided_by: str | None = None
+    of_graphs: str | None = None
 
 
 def compile_whole(call: WholeCompile, failure: ConversionError | None = None) -> Artifact:
@@ -59,26 +59,26 @@ def compile_whole(call: WholeCompile, failure: ConversionError | None = None) ->
             can; says what was tried.
         SourceError: The model cannot be had whole.
         CompileError: The engine that was asked for by name refuses it.
-        OptionError: It is to be divided by ``batch`` or ``cores``.
+        OptionError: ``batch``, ``cores`` or ``tune`` was asked for.
     """
     from accelrt.sources import whole_source
 
-    if failure is None and call.divided_by is not None:
-        raise _not_divided(call, "The target names an engine of whole models")
+    if failure is None and call.of_graphs is not None:
+        raise _of_graphs_alone(call, "The target names an engine of whole models")
     source = whole_source(call.model, call.request)
     if failure is None:
         return _by_name(call, source)
     if source is None or call.target.engine is not None or call.fallback == "error":
         raise failure
-    if call.divided_by is not None:
-        raise _not_divided(call, failure.message.rstrip(".")) from failure
+    if call.of_graphs is not None:
+        raise _of_graphs_alone(call, failure.message.rstrip(".")) from failure
     return _instead(call, source, failure)
 
 
-def _not_divided(call: WholeCompile, why: str) -> OptionError:
+def _of_graphs_alone(call: WholeCompile, why: str) -> OptionError:
     return OptionError(
-        f"{why}, and a model that runs whole takes no {call.divided_by!r}.",
-        hint=f"Leave {call.divided_by} out, or compile a model that converts to ONNX, for an engine that takes it.",
+        f"{why}, and a model that runs whole takes no {call.of_graphs!r}.",
+        hint=f"Leave {call.of_graphs} out, or compile a model that converts to ONNX, for an engine that takes it.",
     )
 
 
@@ -86,7 +86,8 @@ def whole_if_it_can(call: WholeCompile) -> Artifact | None:
     """Compile a model whole for an engine that takes segments of ONNX as well; None if those are to be compiled.
 
     They are where the target names no engine, the engine has no use for the model's form, or what was asked for is of
-    ONNX: an ``opset``, ``int8``. Where the engine does not take the model whole after all, the policy decides.
+    ONNX: an ``opset``, ``int8``, a cut that is measured. Where the engine does not take the model whole after all, the
+    policy decides.
 
     Raises:
         SourceError, CompileError: By ``fallback="error"``.
@@ -95,7 +96,7 @@ def whole_if_it_can(call: WholeCompile) -> Artifact | None:
         call.target.engine is None
         or call.precision == "int8"
         or call.request.options.opset is not None
-        or call.divided_by
+        or call.of_graphs
     ):
         return None
     candidate = REGISTRY.candidates(call.target)[0]

@@ -19,7 +19,7 @@ BACKENDS = ROOT / "backends"
 
 # From the ground up; a module may import from its own layer and from those below.
 LAYERS = (
-    ("errors", "data", "nature"),
+    ("errors", "data", "nature", "plain"),
     ("graph", "policy", "isolation"),
     # protocol: what both ends of a network connection mean by the same bytes, a server's front end and a backend.
     ("backend", "target", "cores", "protocol", "programs"),

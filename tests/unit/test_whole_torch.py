@@ -316,8 +316,8 @@ def test_other_refusals_are_typed() -> None:
         whole(linear, x, threads=1000)
 
 
-@pytest.mark.parametrize("how", [{"batch": (1, 8)}, {"cores": 2}])
-def test_what_runs_whole_is_not_divided(how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("how", [{"batch": (1, 8)}, {"cores": 2}, {"tune": True}])
+def test_what_runs_whole_is_neither_divided_nor_tuned(how: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"names an engine of whole models.* takes no '{next(iter(how))}'"):
         accelrt.compile(torch.nn.Linear(4, 2), "cpu/torch", example_inputs=(torch.randn(1, 4),), options=EAGER, **how)
     examples = (torch.randn(3, 4), torch.randn(4))

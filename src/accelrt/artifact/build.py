@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from accelrt.artifact.artifact import Artifact
-from accelrt.artifact.cache import Cache, Entry
-from accelrt.artifact.manifest import MAX_BATCH, SCHEMA, SOURCE, VERIFICATION, Manifest, SegmentRecord
+from accelrt.artifact.cache import Entry
+from accelrt.artifact.making import Check, Made, Progress, checked, found_or_made
+from accelrt.artifact.manifest import MAX_BATCH, SCHEMA, SOURCE, Manifest, SegmentRecord
 from accelrt.artifact.refine import Refine, Workbench
-from accelrt.artifact.store import describe_file, describe_files, finish, merge_program, write_placement
+from accelrt.artifact.store import describe_files, merge_program, write_placement
 from accelrt.backend import CompileJob, Precision, Program
-from accelrt.errors import ArtifactError, BatchError, CompileError, OptionError
+from accelrt.errors import BatchError, CompileError, OptionError
 from accelrt.graph.bind import bind_first_dimension
 from accelrt.graph.model import Graph
 from accelrt.graph.node import WEIGHTS_FILE
@@ -36,20 +35,6 @@ from accelrt.policy import Fallback
 from accelrt.registry import Candidate
 
 logger = logging.getLogger("accelrt")
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many of it are done, and how many there are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """What an artifact must pass before anyone sees it.
-
-    ``key`` names the check for the cache; ``run`` raises, or returns what is kept in the artifact as JSON.
-    """
-
-    key: str
-    run: Callable[[Artifact], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,47 +147,13 @@ def build(
         UnsupportedNodes: ``fallback`` is ``error`` and a node would leave the requested engine.
         CompileError: A node that no candidate can compile.
     """
-    how = _build_cached if cache else _build_apart
-    artifact = how(graph, request, progress, check)
+    artifact = found_or_made(
+        lambda folder: _compile_into(folder, graph, request, progress, check),
+        lambda: request.key(graph, check),
+        cache=cache,
+    )
     apply_policy(artifact.placement, fallback)
     return artifact
-
-
-def _build_cached(graph: Graph, request: BuildRequest, progress: Progress | None, check: Check | None) -> Artifact:
-    cache = Cache()
-    key = request.key(graph, check)
-    if (entry := cache.find_compiled(key)) is not None:
-        return Artifact(entry)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(cache.lock(key))
-            # Whoever held the lock before may have compiled the same.
-            if (entry := cache.find_compiled(key)) is not None:
-                return Artifact(entry)
-            work = cache.work_folder()
-            stack.callback(cache.discard, work)  # of no effect once it has been adopted
-            manifest, identity = _compile_into(work, graph, request, progress, check)
-            return Artifact(cache.adopt(work, manifest, identity, key))
-        except OSError as error:
-            logger.warning("The cache at %s cannot be used (%s); compiling without it.", cache.folder, error)
-    return _build_apart(graph, request, progress, check)
-
-
-def _build_apart(graph: Graph, request: BuildRequest, progress: Progress | None, check: Check | None) -> Artifact:
-    folder = Path(tempfile.mkdtemp(prefix="accelrt-"))
-    entry: Entry | None = None
-    try:
-        manifest, _ = _compile_into(folder, graph, request, progress, check)
-        entry = Entry(folder, manifest, temporary=True)
-    except OSError as error:
-        raise ArtifactError(
-            f"The compiled model cannot be written to {folder}: {error}",
-            hint="Is the disk full? TMPDIR names another.",
-        ) from error
-    finally:
-        if entry is None:
-            shutil.rmtree(folder, ignore_errors=True)
-    return Artifact(entry)
 
 
 def build_into(folder: Path, graph: Graph, request: BuildRequest, progress: Progress | None = None) -> Artifact:
@@ -211,13 +162,13 @@ def build_into(folder: Path, graph: Graph, request: BuildRequest, progress: Prog
     Raises:
         CompileError: A node that no candidate can compile.
     """
-    manifest, _ = _compile_into(folder, graph, request, progress, None)
-    return Artifact(Entry(folder, manifest, unfinished=True))
+    made = _compile_into(folder, graph, request, progress, None)
+    return Artifact(Entry(folder, made.manifest, unfinished=True))
 
 
 def _compile_into(
     folder: Path, graph: Graph, request: BuildRequest, progress: Progress | None, check: Check | None
-) -> tuple[Manifest, str]:
+) -> Made:
     axis = _batch_axis(graph, request.batch)
     weights = WeightFile(folder / WEIGHTS_FILE)
     graph.write(folder / SOURCE, weights)
@@ -269,13 +220,9 @@ def _compile_into(
         },
         source_format=request.source_format,
     )
-    if check is not None:
-        if progress is not None:
-            progress("verifying", 0, 1)
-        found = check.run(Artifact(Entry(folder, manifest, unfinished=True)))
-        (folder / VERIFICATION).write_bytes(json.dumps(found, separators=(",", ":")).encode())
-        manifest = replace(manifest, files={**manifest.files, VERIFICATION: describe_file(folder / VERIFICATION)})
-    return manifest, finish(folder, manifest)
+    if check is not None and progress is not None:
+        progress("verifying", 0, 1)
+    return checked(folder, manifest, check)
 
 
 def _with_remarks(placement: Placement, programs: Sequence[Program]) -> Placement:

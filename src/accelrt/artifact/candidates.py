@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from io import StringIO
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from accelrt import plain
 from accelrt.nature import mark_of
 
 if TYPE_CHECKING:
@@ -203,12 +204,12 @@ class CandidateTable:
             KeyError, TypeError, ValueError: ``data`` is not what `to_json` writes.
         """
         return cls(
-            _one_of(data["objective"], get_args(Objective)),
-            _number(data["percentile"]),
-            None if data["latency_budget_s"] is None else _number(data["latency_budget_s"]),
-            None if data["tolerance"] is None else _number(data["tolerance"]),
-            _text(data["reference"]),
-            {_text(name): _text(value) for name, value in data["machine"].items()},
+            plain.one_of(data["objective"], get_args(Objective)),
+            plain.number(data["percentile"]),
+            None if data["latency_budget_s"] is None else plain.number(data["latency_budget_s"]),
+            None if data["tolerance"] is None else plain.number(data["tolerance"]),
+            plain.text(data["reference"]),
+            {plain.text(name): plain.text(value) for name, value in data["machine"].items()},
             tuple(_row(row) for row in data["rows"]),
         )
 
@@ -230,20 +231,20 @@ def _row(data: Mapping[str, Any]) -> CandidateRow:
     setup, measured = data["setup"], data["measurement"]
     return CandidateRow(
         Setup(
-            _text(setup["target"]),
-            _text(setup["precision"]),
-            {_text(name): value for name, value in setup["options"].items()},
-            _whole(setup["workers"]),
-            None if setup["batch"] is None else _whole(setup["batch"]),
+            plain.text(setup["target"]),
+            plain.text(setup["precision"]),
+            {plain.text(name): value for name, value in setup["options"].items()},
+            plain.whole(setup["workers"]),
+            None if setup["batch"] is None else plain.whole(setup["batch"]),
         ),
-        _one_of(data["status"], get_args(RowStatus)),
-        _text(data["reason"]),
-        _text(data["nature"]),
-        _whole(data["elsewhere"]),
+        plain.one_of(data["status"], get_args(RowStatus)),
+        plain.text(data["reason"]),
+        plain.text(data["nature"]),
+        plain.whole(data["elsewhere"]),
         None if data["error"] is None else float(data["error"]),
         None if measured is None else _measurement(measured),
-        None if data["compile_s"] is None else _number(data["compile_s"]),
-        None if data["size_bytes"] is None else _whole(data["size_bytes"]),
+        None if data["compile_s"] is None else plain.number(data["compile_s"]),
+        None if data["size_bytes"] is None else plain.whole(data["size_bytes"]),
     )
 
 
@@ -253,37 +254,13 @@ def _measurement(data: Mapping[str, Any]) -> Measurement:
     if not isinstance(data["stable"], bool) or not isinstance(data["final"], bool):
         raise TypeError(f"{data['stable']!r} or {data['final']!r} is not true or false")
     return Measurement(
-        _whole(data["n"]),
-        _number(data["median_s"]),
-        _number(data["percentile_s"]),
-        _number(data["rows_per_s"]),
-        _whole(data["memory_bytes"]),
-        _number(data["spread"]),
-        _number(data["best_s"]),
+        plain.whole(data["n"]),
+        plain.number(data["median_s"]),
+        plain.number(data["percentile_s"]),
+        plain.number(data["rows_per_s"]),
+        plain.whole(data["memory_bytes"]),
+        plain.number(data["spread"]),
+        plain.number(data["best_s"]),
         data["stable"],
         data["final"],
     )
-
-
-def _one_of(value: object, known: tuple[str, ...]) -> Any:
-    if value not in known:
-        raise ValueError(f"{value!r} is none of {', '.join(known)}")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
-    return value
-
-
-def _whole(value: object) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{value!r} is not a whole number")
-    return value
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is not a number")
-    return float(value)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
+from accelrt import plain
 from accelrt.errors import ArtifactVersionError, CorruptArtifact
 from accelrt.graph.types import Signature
 
@@ -153,28 +154,28 @@ class Manifest:
 
 def _manifest(document: Mapping[str, Any], schema: int) -> Manifest:
     return Manifest(
-        accelrt=_text(document["accelrt"]),
-        target=_text(document["target"]),
+        accelrt=plain.text(document["accelrt"]),
+        target=plain.text(document["target"]),
         signature=Signature.from_json(document["signature"]),
-        segments=tuple(_segment(item, schema) for item in _list(document["segments"])),
+        segments=tuple(_segment(item, schema) for item in plain.items(document["segments"])),
         files={
             _name(name): FileRecord(_match(_SHA256, record["sha256"]), _size(record["size"]))
-            for name, record in _mapping(document["files"]).items()
+            for name, record in plain.mapping(document["files"]).items()
         },
-        options=_mapping(document["options"]),
-        source_format=_text(document["source_format"]),
+        options=plain.mapping(document["options"]),
+        source_format=plain.text(document["source_format"]),
     )
 
 
 def _segment(item: Mapping[str, Any], schema: int) -> SegmentRecord:
     return SegmentRecord(
-        backend=_text(item["backend"]),
-        engine=_text(item["engine"]),
-        precision=_text(item["precision"]),
+        backend=plain.text(item["backend"]),
+        engine=plain.text(item["engine"]),
+        precision=plain.text(item["precision"]),
         signature=Signature.from_json(item["signature"]),
-        files={_name(key): _name(value) for key, value in _mapping(item["files"]).items()},
-        fingerprint={_text(key): _text(value) for key, value in _mapping(item["fingerprint"]).items()},
-        options=_mapping(item["options"]),
+        files={_name(key): _name(value) for key, value in plain.mapping(item["files"]).items()},
+        fingerprint={plain.text(key): plain.text(value) for key, value in plain.mapping(item["fingerprint"]).items()},
+        options=plain.mapping(item["options"]),
         batch=_count(item["batch"], 1, MAX_BATCH) if schema >= 2 and "batch" in item else None,
         stage=_count(item["stage"], 0, MAX_FILES) if "stage" in item else None,
     )
@@ -216,24 +217,6 @@ def _check_run(manifest: Manifest, segments: Sequence[tuple[int, SegmentRecord]]
 def _count(value: object, least: int, most: int) -> int:
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{value!r} is not a number from {least} to {most}")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
-    return value
-
-
-def _list(value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} is not a list")
-    return value
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{value!r} is not a mapping")
     return value
 
 

@@ -12,6 +12,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -289,14 +290,24 @@ def write_placement(folder: Path, placement: Mapping[str, Any]) -> None:
     (folder / PLACEMENT).write_bytes(json.dumps(placement, separators=(",", ":")).encode())
 
 
+def add_records(folder: Path, manifest: Manifest, records: Mapping[str, Mapping[str, Any]]) -> Manifest:
+    """Write what is known of an artifact into its folder, JSON by file name; return a manifest that lists it.
+
+    The manifest is still to be written, by `finish`.
+    """
+    files = dict(manifest.files)
+    for name, record in records.items():
+        (folder / name).write_bytes(json.dumps(record, separators=(",", ":")).encode())
+        files[name] = describe_file(folder / name)
+    return replace(manifest, files=files)
+
+
 def without_source(folder: Path, manifest: Manifest, target: Path) -> tuple[Manifest, str]:
     """Copy an artifact's folder without its source graph and the weights that only that one uses.
 
     Returns:
         The new manifest and identity.
     """
-    from dataclasses import replace
-
     from accelrt.graph.weights import WeightFile
 
     weights = WeightFile(target / WEIGHTS_FILE)

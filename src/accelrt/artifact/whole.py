@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from accelrt.artifact.artifact import Artifact
-from accelrt.artifact.build import Check, Progress
-from accelrt.artifact.cache import Cache, Entry
-from accelrt.artifact.manifest import SCHEMA, VERIFICATION, Manifest, SegmentRecord
-from accelrt.artifact.store import describe_file, describe_files, finish, merge_program, program_files, write_placement
+from accelrt.artifact.cache import Entry
+from accelrt.artifact.making import Check, Made, Progress, checked, found_or_made
+from accelrt.artifact.manifest import SCHEMA, Manifest, SegmentRecord
+from accelrt.artifact.store import describe_files, merge_program, program_files, write_placement
 from accelrt.backend import WHOLE_FILES, CompileJob, Precision, Program
-from accelrt.errors import ArtifactError, CompileError, CorruptArtifact
+from accelrt.errors import CompileError, CorruptArtifact
 from accelrt.graph.types import Port, static_bytes
 from accelrt.partition.report import Placement, SegmentPlace, WholePlace
 from accelrt.registry import Candidate
@@ -78,21 +76,9 @@ def build_whole(
     _check_taken(model, request)
     if progress is not None:
         progress("compiling the whole model", 0, 1)
-    if cache:
-        with contextlib.ExitStack() as stack:
-            found = Cache()
-            key = request.key(model, check)
-            try:
-                stack.enter_context(found.lock(key))
-                if (entry := found.find_compiled(key)) is not None:
-                    return Artifact(entry)
-                work = found.work_folder()
-                stack.callback(found.discard, work)  # of no effect once it has been adopted
-                manifest, identity = _compile_into(work, model, request, check)
-                return Artifact(found.adopt(work, manifest, identity, key))
-            except OSError as error:
-                logger.warning("The cache at %s cannot be used (%s); compiling without it.", found.folder, error)
-    return _build_apart(model, request, check)
+    return found_or_made(
+        lambda folder: _compile_into(folder, model, request, check), lambda: request.key(model, check), cache=cache
+    )
 
 
 def build_whole_into(folder: Path, model: WholeModel, request: WholeRequest) -> Artifact:
@@ -102,8 +88,8 @@ def build_whole_into(folder: Path, model: WholeModel, request: WholeRequest) -> 
         CompileError: The engine refuses it, or fails.
     """
     _check_taken(model, request)
-    manifest, _ = _compile_into(folder, model, request, None)
-    return Artifact(Entry(folder, manifest, unfinished=True))
+    made = _compile_into(folder, model, request, None)
+    return Artifact(Entry(folder, made.manifest, unfinished=True))
 
 
 def _check_taken(model: WholeModel, request: WholeRequest) -> None:
@@ -115,24 +101,7 @@ def _check_taken(model: WholeModel, request: WholeRequest) -> None:
         )
 
 
-def _build_apart(model: WholeModel, request: WholeRequest, check: Check | None) -> Artifact:
-    folder = Path(tempfile.mkdtemp(prefix="accelrt-"))
-    entry: Entry | None = None
-    try:
-        manifest, _ = _compile_into(folder, model, request, check)
-        entry = Entry(folder, manifest, temporary=True)
-    except OSError as error:
-        raise ArtifactError(
-            f"The compiled model cannot be written to {folder}: {error}",
-            hint="Is the disk full? TMPDIR names another.",
-        ) from error
-    finally:
-        if entry is None:
-            shutil.rmtree(folder, ignore_errors=True)
-    return Artifact(entry)
-
-
-def _compile_into(folder: Path, model: WholeModel, request: WholeRequest, check: Check | None) -> tuple[Manifest, str]:
+def _compile_into(folder: Path, model: WholeModel, request: WholeRequest, check: Check | None) -> Made:
     engine = request.candidate.engine
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="programs-") as scratch:
         job = CompileJob(model.path, model.signature, request.precision, request.options, model.format)
@@ -151,11 +120,7 @@ def _compile_into(folder: Path, model: WholeModel, request: WholeRequest, check:
         options={"whole": model.format, **({} if request.asked is None else {"precision": request.asked})},
         source_format=request.framework,
     )
-    if check is not None:
-        found = check.run(Artifact(Entry(folder, manifest, unfinished=True)))
-        (folder / VERIFICATION).write_bytes(json.dumps(found, separators=(",", ":")).encode())
-        manifest = replace(manifest, files={**manifest.files, VERIFICATION: describe_file(folder / VERIFICATION)})
-    return manifest, finish(folder, manifest)
+    return checked(folder, manifest, check)
 
 
 def _record(request: WholeRequest, program: Program, files: Mapping[str, str]) -> SegmentRecord:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from accelrt import plain
 from accelrt.errors import UnsupportedNodes
 from accelrt.graph.types import shareable, static_bytes
 from accelrt.nature import mark_of
@@ -117,12 +118,12 @@ class Tuning:
         cpu = data["cpu_seconds"]
         return cls(
             _texts(data, "inputs")[0],
-            _size(data["cuts"]),
+            plain.whole(data["cuts"]),
             _seconds(data["seconds"]),
             _seconds(data["first_seconds"]),
-            _size(data["first_segments"]),
+            plain.whole(data["first_segments"]),
             None if cpu is None else _seconds(cpu),
-            _size(data["cpu_segments"]),
+            plain.whole(data["cpu_segments"]),
         )
 
     def __str__(self) -> str:
@@ -376,32 +377,23 @@ def _segment(data: Mapping[str, Any]) -> SegmentPlace:
         precision,
         nature,
         tuple(NodePlace(*_texts(node, "name", "kind")) for node in data["nodes"]),
-        _size(data["weight_bytes"]),
-        None if data["bytes_in"] is None else _size(data["bytes_in"]),
-        None if data["bytes_out"] is None else _size(data["bytes_out"]),
+        plain.whole(data["weight_bytes"]),
+        None if data["bytes_in"] is None else plain.whole(data["bytes_in"]),
+        None if data["bytes_out"] is None else plain.whole(data["bytes_out"]),
         _seconds(data["seconds"]) if "seconds" in data else None,
         remark=_texts(data, "remark")[0] if "remark" in data else "",
-        **{key: _size(data[key]) for key in ("batch", "stage", "from_host", "to_host") if key in data},
+        **{key: plain.whole(data[key]) for key in ("batch", "stage", "from_host", "to_host") if key in data},
     )
 
 
-def _size(value: object) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{value!r} is not a size in bytes")
-    return value
-
-
 def _seconds(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < _FOREVER_S:
+    if not 0 <= (seconds := plain.number(value)) < _FOREVER_S:
         raise TypeError(f"{value!r} is not a time in seconds")
-    return float(value)
+    return seconds
 
 
 def _texts(data: Mapping[str, Any], *names: str) -> list[str]:
-    values = [data[name] for name in names]
-    if not all(isinstance(value, str) for value in values):
-        raise TypeError(f"{values!r} are not all text")
-    return values
+    return [plain.text(data[name]) for name in names]
 
 
 def _count(number: int, noun: str) -> str:

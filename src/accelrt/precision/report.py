@@ -8,10 +8,13 @@ from dataclasses import dataclass, fields
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from accelrt import plain
 from accelrt.precision.compare import OutputError, Tolerance
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +141,9 @@ class VerificationReport:
         """
         culprit = data["culprit"]
         return cls(
-            _text(data["reference"]),
-            _text(data["inputs"]),
-            _whole(data["calls"]),
+            plain.text(data["reference"]),
+            plain.text(data["inputs"]),
+            plain.whole(data["calls"]),
             tuple(_output(item) for item in data["outputs"]),
             None if culprit is None else _culprit(culprit),
         )
@@ -162,62 +165,46 @@ def _json(value: Any) -> Any:
 
 def _output(data: Mapping[str, Any]) -> OutputError:
     bound = data["tolerance"]
-    nan, infinite = (tuple(_whole(count) for count in data[key]) for key in ("nan", "infinite"))
+    nan, infinite = (tuple(plain.whole(count) for count in data[key]) for key in ("nan", "infinite"))
     accuracy = data["accuracy"]
     shares = None if accuracy is None else tuple(_number(share) or 0.0 for share in accuracy)
     if len(nan) != 2 or len(infinite) != 2 or (shares is not None and len(shares) != 2):
         raise ValueError("counts and accuracies come in pairs")
     problem = data["shape_problem"]
     return OutputError(
-        _text(data["name"]),
+        plain.text(data["name"]),
         Tolerance(_number(bound["relative_l2"]) or 0.0, _number(bound["max_abs"]), _number(bound["top1"])),
         relative_l2=_number(data["relative_l2"]),
         max_abs=_number(data["max_abs"]),
         cosine=_number(data["cosine"]),
         differing=_number(data["differing"]),
-        rows=_whole(data["rows"]),
+        rows=plain.whole(data["rows"]),
         top1=_number(data["top1"]),
         top5=_number(data["top5"]),
         nan=(nan[0], nan[1]),
         infinite=(infinite[0], infinite[1]),
-        mismatched=_whole(data["mismatched"]),
+        mismatched=plain.whole(data["mismatched"]),
         accuracy=None if shares is None else (shares[0], shares[1]),
-        shape_problem=None if problem is None else _text(problem),
+        shape_problem=None if problem is None else plain.text(problem),
     )
 
 
 def _culprit(data: Mapping[str, Any]) -> Culprit:
     return Culprit(
-        _whole(data["segment"]),
-        _text(data["engine"]),
-        _text(data["precision"]),
-        None if data["node"] is None else _text(data["node"]),
-        None if data["kind"] is None else _text(data["kind"]),
-        _text(data["value"]),
-        _text(data["problem"]),
+        plain.whole(data["segment"]),
+        plain.text(data["engine"]),
+        plain.text(data["precision"]),
+        None if data["node"] is None else plain.text(data["node"]),
+        None if data["kind"] is None else plain.text(data["kind"]),
+        plain.text(data["value"]),
+        plain.text(data["problem"]),
     )
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
-    return value
-
-
-def _whole(value: object) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{value!r} is not a whole number")
-    return value
 
 
 def _number(value: object) -> float | None:
     if value is None:
         return None
-    if (isinstance(value, int | float) and not isinstance(value, bool)) or (
-        isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity")
-    ):
-        return float(value)
-    raise TypeError(f"{value!r} is not a number")
+    return float(value) if isinstance(value, str) and value in _NOT_FINITE else plain.number(value)
 
 
 def _figure(value: float | None) -> str:

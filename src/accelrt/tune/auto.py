@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -17,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from accelrt.artifact.artifact import Artifact
-from accelrt.artifact.cache import Cache, Entry
 from accelrt.artifact.candidates import CandidateRow, CandidateTable, Setup
+from accelrt.artifact.making import Made, found_or_made
 from accelrt.artifact.manifest import CANDIDATES, MANIFEST, SCHEMA, VERIFICATION, Manifest
-from accelrt.artifact.store import describe_file, finish
+from accelrt.artifact.store import add_records, finish
 from accelrt.backend import Precision
-from accelrt.errors import ArtifactError, SourceError
+from accelrt.errors import SourceError
 from accelrt.graph.node import WEIGHTS_FILE
 from accelrt.graph.types import Signature, TensorType, Value
 from accelrt.graph.weights import WeightFile
@@ -40,11 +37,9 @@ from accelrt.tune.workbench import Job, TuneOptions, Workbench
 from accelrt.verification import Verification, Verifier, digest_of
 
 if TYPE_CHECKING:
-    from accelrt.artifact.build import Progress
+    from accelrt.artifact.making import Progress
     from accelrt.graph.model import Graph
     from accelrt.sources import WholeSource
-
-logger = logging.getLogger("accelrt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,52 +105,15 @@ def choose(graph: Graph, request: AutoRequest, *, cache: bool = True, progress: 
         InputError: The inputs to verify with do not fit, or the reference cannot compute them.
     """
     verifier = Verifier(graph, request.verification, cache=cache)
-    if not cache:
-        return _choose_apart(graph, request, verifier, progress)
-    key, store = request.key(verifier), Cache()
-    if (entry := store.find_compiled(key)) is None:
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(store.lock(key))
-                if (entry := store.find_compiled(key)) is None:  # else another process was faster
-                    work = store.work_folder()
-                    stack.callback(store.discard, work)  # of what is left in it once the winner was taken out
-                    folder, manifest, identity = _tune(work, graph, request, verifier, progress)
-                    entry = store.adopt(folder, manifest, identity, key)
-            except OSError as error:
-                logger.warning("The cache at %s cannot be used (%s); choosing without it.", store.folder, error)
-                return _choose_apart(graph, request, verifier, progress)
-    artifact = Artifact(entry)
+    artifact = found_or_made(
+        lambda folder: _tune(folder, graph, request, verifier, progress), lambda: request.key(verifier), cache=cache
+    )
     apply_policy(artifact.placement, request.fallback)
     return artifact
 
 
-def _choose_apart(graph: Graph, request: AutoRequest, verifier: Verifier, progress: Progress | None) -> Artifact:
-    work, home = (Path(tempfile.mkdtemp(prefix="accelrt-")) for _ in range(2))
-    entry: Entry | None = None
-    try:
-        folder, manifest, _ = _tune(work, graph, request, verifier, progress)
-        home.rmdir()
-        folder.rename(home)
-        entry = Entry(home, manifest, temporary=True)
-    except OSError as error:
-        raise ArtifactError(
-            f"The compiled candidates cannot be written to {work}: {error}",
-            hint="Is the disk full? TMPDIR names another.",
-        ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if entry is None:
-            shutil.rmtree(home, ignore_errors=True)
-    artifact = Artifact(entry)
-    apply_policy(artifact.placement, request.fallback)
-    return artifact
-
-
-def _tune(
-    work: Path, graph: Graph, request: AutoRequest, verifier: Verifier, progress: Progress | None
-) -> tuple[Path, Manifest, str]:
-    """Choose; return the winner's folder, complete with what is known of it."""
+def _tune(work: Path, graph: Graph, request: AutoRequest, verifier: Verifier, progress: Progress | None) -> Made:
+    """Choose; return the winner, complete with what is known of it."""
     say = progress or (lambda *_: None)
     say("computing the reference", 0, 1)
     calls, wanted = verifier.reference()
@@ -219,17 +177,14 @@ def _from_profile(
         recorded = [found if str(row.setup) == str(found.setup) else row for row in recorded]
 
 
-def _finished(bench: Workbench, winner: Setup, table: CandidateTable) -> tuple[Path, Manifest, str]:
+def _finished(bench: Workbench, winner: Setup, table: CandidateTable) -> Made:
     """Put what is known of the winner beside what was compiled."""
     folder = bench.folder_of(winner)
     manifest = Manifest.parse((folder / MANIFEST).read_bytes())
-    files = dict(manifest.files)
-    for name, found in ((VERIFICATION, bench.report_of(winner).to_json()), (CANDIDATES, table.to_json())):
-        (folder / name).write_bytes(json.dumps(found, separators=(",", ":")).encode())
-        files[name] = describe_file(folder / name)
+    known = {VERIFICATION: bench.report_of(winner).to_json(), CANDIDATES: table.to_json()}
     options = dict(manifest.options) | ({"workers": winner.workers} if winner.workers > 1 else {})
-    manifest = replace(manifest, files=files, options=options)
-    return folder, manifest, finish(folder, manifest)
+    manifest = replace(add_records(folder, manifest, known), options=options)
+    return Made(folder, manifest, finish(folder, manifest))
 
 
 def _table(

@@ -10,7 +10,7 @@ from accelrt.precision.calibrate import Calibration, check_calls, is_quantised, 
 from accelrt.runtime.inputs import bind_calls
 
 if TYPE_CHECKING:
-    from accelrt.artifact.build import Progress
+    from accelrt.artifact.making import Progress
     from accelrt.graph.model import Graph
     from accelrt.graph.types import Value
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelrt.artifact.artifact import Artifact
-    from accelrt.artifact.build import Progress
     from accelrt.artifact.candidates import CandidateTable, Objective
+    from accelrt.artifact.making import Progress
     from accelrt.backend import Precision
     from accelrt.policy import Fallback
     from accelrt.precision.calibrate import Calibration
