@@ -18,12 +18,12 @@ from accelrt.backend import DeviceTensor, Executable, Precision
 from accelrt.errors import IncompatibleProgram, InputError, OutOfDeviceMemory
 from accelrt.graph.exported import writes
 from accelrt.graph.lowering.dtypes import torch_dtype
-from accelrt.graph.types import Port, Signature, TensorType, Value
+from accelrt.graph.types import Port, Signature, TensorType, Value, numpy_dtype
 from accelrt_cuda.torch_lanes import Key, Lane, Lanes, Work
 from accelrt_cuda.torch_place import Place
 from accelrt_cuda.torch_prepare import HALVES, prepare
 from accelrt_cuda.torch_settings import PACKAGE_FACTS, TorchCudaOptions, inductor_settings, lays_channels_last
-from accelrt_cuda.torch_transfer import Lent
+from accelrt_cuda.torch_transfer import Lent, carried
 
 logger = logging.getLogger("accelrt")
 
@@ -101,7 +101,9 @@ class TorchExecutable(Executable):
     def to_host(self, tensor: DeviceTensor) -> np.ndarray[Any, Any]:
         assert isinstance(tensor, torch.Tensor)  # the contract: one that `run_resident` returned
         try:
-            return cast("np.ndarray[Any, Any]", tensor.detach().cpu().numpy())
+            # A copy even where the device is the host itself: the caller may write to it.
+            array: np.ndarray[Any, Any] = carried(tensor.detach().to("cpu", copy=True)).numpy()
+            return array.view(numpy_dtype("bfloat16")) if tensor.dtype == torch.bfloat16 else array
         except RuntimeError as error:
             raise self._place.translated(error, 0) from error
 
