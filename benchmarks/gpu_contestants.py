@@ -117,6 +117,11 @@ class Task:
     precision: str
 
     @property
+    def batch(self) -> int:
+        """How many images or sentences a call computes."""
+        return len(next(iter(self.feeds.values())))
+
+    @property
     def images(self) -> bool:
         """Whether the network takes images, which PyTorch computes best with channels last."""
         return any(array.ndim == 4 for array in self.feeds.values())
