@@ -135,6 +135,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--together", type=int, default=0, help="first compile so many tables at once, so that only measuring is serial"
     )
+    parser.add_argument(
+        "--leave-out", nargs="+", default=(), metavar="TEXT", help="contestants with this in their name"
+    )
     parser.add_argument("--prepare", action="store_true", help="compile and measure nothing; caches keep the results")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
@@ -166,6 +169,9 @@ def models(ground: Any, arguments: argparse.Namespace, report: Report) -> None:
     if arguments.together and not arguments.prepare:
         _compile_together(arguments, report)
     end = time.monotonic() + arguments.budget
+    rate = _matrix_rate(ground, 256 if ground.dry else MATRIX)
+    report.extra["bf16_matrix_tflop_per_second"] = rate / 1e12
+    print(f"bf16 products of {MATRIX}: {rate / 1e12:.1f} TFLOP/s", flush=True)
     for precision in sorted(arguments.precisions, key=("bf16", "fp16", "fp32").index):
         for batch in arguments.batches:
             for network in arguments.networks:
@@ -184,6 +190,7 @@ def _compile_together(arguments: argparse.Namespace, report: Report) -> None:
             network, batch, precision = waiting.pop(0)
             command = [sys.executable, __file__, "models", "--prepare", "--networks", network, "--batches", batch]
             command += ["--precisions", precision, "--out", tempfile.mkdtemp(), *(["--dry"] if arguments.dry else [])]
+            command += ["--leave-out", *arguments.leave_out] if arguments.leave_out else []
             running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment))
         time.sleep(0.2)
     report.extra["seconds_to_compile_together"] = time.monotonic() - started
@@ -192,15 +199,20 @@ def _compile_together(arguments: argparse.Namespace, report: Report) -> None:
 
 def _table(ground: Any, arguments: argparse.Namespace, report: Report, which: tuple[str, int, str], end: float) -> None:
     from gpu_contestants import Contestant, reference, relative_l2
+    from gpu_networks import matrix_flops
 
     network, batch, precision = which
     label = {"network": network, "batch": batch, "precision": precision}
     with ExitStack() as stack:
         stack.callback(ground.clear)
         task = _task(stack, ground, network, batch, precision)
-        makers = list(_makers(ground, arguments, task))
-        if arguments.prepare:
-            makers = [(name, make) for name, make in makers if "accelrt" in name or "compile" in name]
+        makers = [
+            (name, make)
+            for name, make in _makers(ground, arguments, task)
+            if not any(text in name for text in arguments.leave_out)
+            # Of those that compile; plain torch.compile finds what the frozen form left in inductor's cache.
+            and (not arguments.prepare or "accelrt" in name or "frozen" in name)
+        ]
         truth = reference(task)
         ready: dict[str, Contestant] = {}
         errors: dict[str, float] = {}
@@ -223,11 +235,13 @@ def _table(ground: Any, arguments: argparse.Namespace, report: Report, which: tu
                 time.monotonic() - started
             )
         if ready and not arguments.prepare:
-            _time(ready, errors, label, report)
+            _time(ready, errors, label, report, matrix_flops(task.model))
         ready.clear()  # before what they held on the device is freed
 
 
-def _time(ready: Mapping[str, Any], errors: Mapping[str, float], label: Mapping[str, Any], report: Report) -> None:
+def _time(
+    ready: Mapping[str, Any], errors: Mapping[str, float], label: Mapping[str, Any], report: Report, flops: float
+) -> None:
     runs: dict[str, Callable[[], object]] = {name: one.run for name, one in ready.items()}
     once = sum(statistics.median(times) for times in interleave(runs, rounds=3, warmup=3).values())
     samples = interleave(runs, rounds=min(200, max(10, int(SECONDS_EACH / once))), warmup=2)
@@ -243,6 +257,7 @@ def _time(ready: Mapping[str, Any], errors: Mapping[str, float], label: Mapping[
                 "p10_ms": deciles[0] * 1e3,
                 "p90_ms": deciles[8] * 1e3,
                 "per_second": label["batch"] / medians[name],
+                "tflop_per_second": flops / medians[name] / 1e12,
                 "error": errors[name],
                 "remark": ready[name].remark,
             }

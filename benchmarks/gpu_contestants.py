@@ -149,6 +149,9 @@ def accelrt_on(ground: Ground, task: Task, target: str) -> dict[str, Contestant]
     artifact = accelrt.compile(task.path, target, **wishes)
     remark = f"chose {artifact.placement.primary}" if target == "auto" else ""
     if elsewhere := artifact.placement.fallen_back:
+        total = sum(artifact.placement.nodes_by_engine.values())
+        if 2 * elsewhere > total:
+            raise RuntimeError(f"{elsewhere} of {total} nodes would run elsewhere: {artifact.placement.refusals[:1]}")
         remark = f"{elsewhere} nodes run elsewhere"
     session = accelrt.load(artifact, fallback="error")
     there = {name: ground.put(array) for name, array in task.feeds.items()}
