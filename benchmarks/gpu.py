@@ -132,6 +132,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=300.0, help="seconds after which nothing new is begun")
     parser.add_argument("--auto", action="store_true", help="let accelrt choose, too")
     parser.add_argument("--max-autotune", action="store_true", help="compile with PyTorch's longest search, too")
+    parser.add_argument(
+        "--together", type=int, default=0, help="first compile so many tables at once, so that only measuring is serial"
+    )
+    parser.add_argument(
+        "--leave-out", nargs="+", default=(), metavar="TEXT", help="contestants with this in their name"
+    )
+    parser.add_argument("--prepare", action="store_true", help="compile and measure nothing; caches keep the results")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
@@ -159,25 +166,57 @@ def _gpu() -> str:
 
 def models(ground: Any, arguments: argparse.Namespace, report: Report) -> None:
     """Measure all contestants of each network, batch size and precision, those that matter most first."""
+    if arguments.together and not arguments.prepare:
+        _compile_together(arguments, report)
     end = time.monotonic() + arguments.budget
+    rate = _matrix_rate(ground, 256 if ground.dry else MATRIX)
+    report.extra["bf16_matrix_tflop_per_second"] = rate / 1e12
+    print(f"bf16 products of {MATRIX}: {rate / 1e12:.1f} TFLOP/s", flush=True)
     for precision in sorted(arguments.precisions, key=("bf16", "fp16", "fp32").index):
         for batch in arguments.batches:
             for network in arguments.networks:
                 _table(ground, arguments, report, (network, batch, precision), end)
 
 
+def _compile_together(arguments: argparse.Namespace, report: Report) -> None:
+    """Have processes compile for all tables. They contend for the GPU, so nothing is timed or tuned in them."""
+    started = time.monotonic()
+    waiting = [(n, str(b), p) for p in arguments.precisions for b in arguments.batches for n in arguments.networks]
+    running: list[subprocess.Popen[bytes]] = []
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    while waiting or running:
+        running = [process for process in running if process.poll() is None]
+        while waiting and len(running) < arguments.together:
+            network, batch, precision = waiting.pop(0)
+            command = [sys.executable, __file__, "models", "--prepare", "--networks", network, "--batches", batch]
+            command += ["--precisions", precision, "--out", tempfile.mkdtemp(), *(["--dry"] if arguments.dry else [])]
+            command += ["--leave-out", *arguments.leave_out] if arguments.leave_out else []
+            running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment))
+        time.sleep(0.2)
+    report.extra["seconds_to_compile_together"] = time.monotonic() - started
+    print(f"compiled together in {time.monotonic() - started:.0f} s", flush=True)
+
+
 def _table(ground: Any, arguments: argparse.Namespace, report: Report, which: tuple[str, int, str], end: float) -> None:
     from gpu_contestants import Contestant, reference, relative_l2
+    from gpu_networks import matrix_flops
 
     network, batch, precision = which
     label = {"network": network, "batch": batch, "precision": precision}
     with ExitStack() as stack:
         stack.callback(ground.clear)
         task = _task(stack, ground, network, batch, precision)
+        makers = [
+            (name, make)
+            for name, make in _makers(ground, arguments, task)
+            if not any(text in name for text in arguments.leave_out)
+            # Of those that compile; plain torch.compile finds what the frozen form left in inductor's cache.
+            and (not arguments.prepare or "accelrt" in name or "frozen" in name)
+        ]
         truth = reference(task)
         ready: dict[str, Contestant] = {}
         errors: dict[str, float] = {}
-        for name, make in _makers(ground, arguments, task):
+        for name, make in makers:
             if time.monotonic() > end:
                 report.add({**label, "contestant": name, "remark": "not run: the budget of time was spent"})
                 continue
@@ -195,12 +234,14 @@ def _table(ground: Any, arguments: argparse.Namespace, report: Report, which: tu
             report.extra.setdefault("seconds_to_prepare", {})[f"{network} {batch} {precision}: {name}"] = (
                 time.monotonic() - started
             )
-        if ready:
-            _time(ready, errors, label, report)
+        if ready and not arguments.prepare:
+            _time(ready, errors, label, report, matrix_flops(task.model))
         ready.clear()  # before what they held on the device is freed
 
 
-def _time(ready: Mapping[str, Any], errors: Mapping[str, float], label: Mapping[str, Any], report: Report) -> None:
+def _time(
+    ready: Mapping[str, Any], errors: Mapping[str, float], label: Mapping[str, Any], report: Report, flops: float
+) -> None:
     runs: dict[str, Callable[[], object]] = {name: one.run for name, one in ready.items()}
     once = sum(statistics.median(times) for times in interleave(runs, rounds=3, warmup=3).values())
     samples = interleave(runs, rounds=min(200, max(10, int(SECONDS_EACH / once))), warmup=2)
@@ -216,6 +257,7 @@ def _time(ready: Mapping[str, Any], errors: Mapping[str, float], label: Mapping[
                 "p10_ms": deciles[0] * 1e3,
                 "p90_ms": deciles[8] * 1e3,
                 "per_second": label["batch"] / medians[name],
+                "tflop_per_second": flops / medians[name] / 1e12,
                 "error": errors[name],
                 "remark": ready[name].remark,
             }
@@ -243,7 +285,9 @@ def _makers(ground: Any, arguments: argparse.Namespace, task: Any) -> Iterator[t
         yield f"accelrt {target}", partial(accelrt_on, ground, task, target)
     for way in ("host to host", "bound", "CUDA graph"):
         yield f"onnxruntime, {way}", partial(onnxruntime_as, ground, task, way)
-    compiled = ("compile frozen and CUDA graph", "compile", "compile reduce-overhead")
+    # At larger batches the frozen and recorded form is as fast as these, and they take long to make.
+    slower = ("compile", "compile reduce-overhead") if task.batch == 1 else ()
+    compiled = ("compile frozen and CUDA graph", *slower)
     longest = ("compile max-autotune-no-cudagraphs",) if arguments.max_autotune else ()
     for way in ("eager", "CUDA graph", *compiled, *longest):
         yield f"torch {way}", partial(torch_as, ground, task, way)

@@ -117,6 +117,11 @@ class Task:
     precision: str
 
     @property
+    def batch(self) -> int:
+        """How many images or sentences a call computes."""
+        return len(next(iter(self.feeds.values())))
+
+    @property
     def images(self) -> bool:
         """Whether the network takes images, which PyTorch computes best with channels last."""
         return any(array.ndim == 4 for array in self.feeds.values())
@@ -144,6 +149,9 @@ def accelrt_on(ground: Ground, task: Task, target: str) -> dict[str, Contestant]
     artifact = accelrt.compile(task.path, target, **wishes)
     remark = f"chose {artifact.placement.primary}" if target == "auto" else ""
     if elsewhere := artifact.placement.fallen_back:
+        total = sum(artifact.placement.nodes_by_engine.values())
+        if 2 * elsewhere > total:
+            raise RuntimeError(f"{elsewhere} of {total} nodes would run elsewhere: {artifact.placement.refusals[:1]}")
         remark = f"{elsewhere} nodes run elsewhere"
     session = accelrt.load(artifact, fallback="error")
     there = {name: ground.put(array) for name, array in task.feeds.items()}
