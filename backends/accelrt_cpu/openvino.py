@@ -44,7 +44,7 @@ class OpenVinoEngine(Engine):
     name: ClassVar[str] = "openvino"
     caps: ClassVar[Caps] = Caps(concurrent=True, parallelism=2)
     options: ClassVar[type] = OpenVinoOptions
-    requires: ClassVar[str] = "pip install accelrt[openvino]"
+    requires: ClassVar[str] = "pip install 'accelrt[openvino]'"
 
     def __init__(self) -> None:
         self._trials: dict[tuple[object, ...], str | None] = {}

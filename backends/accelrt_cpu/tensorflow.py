@@ -60,7 +60,7 @@ class TensorFlowEngine(Engine):
     formats: ClassVar[tuple[str, ...]] = (_FORMAT,)
     caps: ClassVar[Caps] = Caps(concurrent=True, parallelism=2, executes_code=True)
     options: ClassVar[type] = TensorFlowOptions
-    requires: ClassVar[str] = "pip install accelrt[tensorflow]"
+    requires: ClassVar[str] = "pip install 'accelrt[tensorflow]'"
 
     def status(self) -> Status:
         return status_of("tensorflow", f"{_CHILD}:probe", self.requires)

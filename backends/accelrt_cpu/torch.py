@@ -75,7 +75,7 @@ class TorchEngine(Engine):
     formats: ClassVar[tuple[str, ...]] = (_EXPORT, _SCRIPT)
     caps: ClassVar[Caps] = Caps(concurrent=True, parallelism=2, executes_code=True)
     options: ClassVar[type] = TorchOptions
-    requires: ClassVar[str] = "pip install accelrt[torch]"
+    requires: ClassVar[str] = "pip install 'accelrt[torch]'"
 
     def status(self) -> Status:
         return status_of("torch", f"{_CHILD}:probe", self.requires)

@@ -88,7 +88,7 @@ def test_a_crash_in_the_probe_is_a_status(monkeypatch: pytest.MonkeyPatch) -> No
     module._facts.cache_clear()
     assert not status.usable
     assert status.reason is not None and "SIGFPE" in status.reason
-    assert status.remedy == "pip install accelrt[openvino]"
+    assert status.remedy == "pip install 'accelrt[openvino]'"
 
 
 def test_options_out_of_range() -> None:

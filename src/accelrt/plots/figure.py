@@ -45,7 +45,7 @@ def drawing() -> Iterator[None]:
         matplotlib = import_module("matplotlib")
     except ImportError as error:
         raise BenchmarkError(
-            f"A plot needs matplotlib, which cannot be loaded: {error}.", hint="pip install accelrt[bench]"
+            f"A plot needs matplotlib, which cannot be loaded: {error}.", hint="pip install 'accelrt[bench]'"
         ) from error
     with matplotlib.rc_context(STYLE):
         yield

@@ -77,7 +77,7 @@ def _load() -> ModuleType:
     except ImportError as error:
         raise BenchmarkError(
             f"MLPerf's LoadGen cannot be loaded: {error}.",
-            hint="pip install accelrt[bench], or use the plain driver (--driver plain).",
+            hint="pip install 'accelrt[bench]', or use the plain driver (--driver plain).",
         ) from error
 
 

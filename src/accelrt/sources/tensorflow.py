@@ -58,7 +58,7 @@ def to_onnx(model: object, request: SourceRequest) -> ir.Model:
     for package in ("tensorflow", "tf2onnx"):
         if not is_installed(package):
             raise SourceError(
-                f"{source} needs {package}, which is not installed.", hint="Run: pip install accelrt[tensorflow]"
+                f"{source} needs {package}, which is not installed.", hint="Run: pip install 'accelrt[tensorflow]'"
             )
     with tempfile.TemporaryDirectory(prefix="accelrt-tensorflow-") as folder:
         target = Path(folder) / "model.onnx"

@@ -53,7 +53,7 @@ def write(model: Any, request: SourceRequest, folder: Path) -> WholeModel:
         refuse(model, kind, request)
     if not is_installed("tensorflow"):
         raise SourceError(
-            f"{source} needs tensorflow, which is not installed.", hint="Run: pip install accelrt[tensorflow]"
+            f"{source} needs tensorflow, which is not installed.", hint="Run: pip install 'accelrt[tensorflow]'"
         )
     path = folder / WHOLE_FILES[_FORMAT]
     with tempfile.TemporaryDirectory(prefix="accelrt-tensorflow-") as scratch:

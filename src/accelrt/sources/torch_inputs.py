@@ -48,7 +48,9 @@ def refuse_file(path: Path, kind: FileKind | None) -> None:
 def require(package: str, source: str) -> None:
     """Raise `SourceError` where a package is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise SourceError(f"{source} needs {package}, which is not installed.", hint="Run: pip install accelrt[torch]")
+        raise SourceError(
+            f"{source} needs {package}, which is not installed.", hint="Run: pip install 'accelrt[torch]'"
+        )
 
 
 def open_file(path: Path, kind: FileKind | None) -> object:
