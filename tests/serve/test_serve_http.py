@@ -299,7 +299,9 @@ def test_openapi_describes_all_routes(plain: Running) -> None:
         ("GET", "/v2/logging", 501),
         ("POST", "/v2/trace/setting", 501),
         ("POST", "/v2/models/fp32/generate", 501),
-        ("POST", "/v2/systemsharedmemory/region/a/register", 501),
+        ("POST", "/v2/cudasharedmemory/region/a/register", 501),
+        ("POST", "/v2/systemsharedmemory/region/a/register", 400),
+        ("GET", "/v2/systemsharedmemory/region/a/status", 404),
         ("GET", "/docs", 404),
     ],
 )

@@ -723,7 +723,7 @@ def test_settings_that_cannot_be(tmp_path: Path, server: Any) -> None:
 def test_missing_grpc_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "grpc", None)
     monkeypatch.delitem(sys.modules, "accelrt.serve.grpc.server", raising=False)
-    with pytest.raises(BackendUnavailable, match="pip install 'accelrt\\[grpc\\]'"):
+    with pytest.raises(BackendUnavailable, match="pip install 'accelrt\\[serve\\]'"):
         asyncio.run(start(standard()))
 
 

@@ -88,6 +88,21 @@ LOAD: dict[str, Any] = {
     }
 }
 
+REGION: dict[str, Any] = {
+    "requestBody": {
+        "content": _json(
+            _object(
+                {
+                    "key": {"type": "string", "description": "The file's name below the system's shared memory."},
+                    "offset": {"type": "integer", "minimum": 0},
+                    "byte_size": {"type": "integer", "minimum": 1},
+                },
+                ["key", "byte_size"],
+            )
+        )
+    }
+}
+
 UNLOAD: dict[str, Any] = {
     "requestBody": {"content": _json(_object({"parameters": _object({"unload_dependents": {"type": "boolean"}})}))}
 }

@@ -107,7 +107,7 @@ def config_of(
         "default_model_filename": given.default_model_filename,
         "parameters": {key: {"string_value": value} for key, value in {**given.parameters, **notes}.items()},
     }
-    if policy.max_rows > 1:
+    if policy.max_rows > 1 or given.batching is not None:
         told["dynamic_batching"] = {
             "preferred_batch_size": list(policy.preferred),
             "max_queue_delay_microseconds": round(policy.delay_s * 1e6),
