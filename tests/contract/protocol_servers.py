@@ -8,6 +8,7 @@ inputs and outputs: accelrt ONNX graphs, Triton the same functions in its Python
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -169,7 +170,10 @@ def models() -> list[Model]:
         )
     )
     # A level for urgent requests, one for the others; nobody else's run is shared.
-    queue = "default_queue_policy { timeout_action: REJECT allow_timeout_override: true }"
+    queue = (
+        "default_queue_policy { timeout_action: REJECT allow_timeout_override: true "
+        "default_timeout_microseconds: 60000000 }"
+    )
     made.append(
         Model(
             "slow",
@@ -192,7 +196,7 @@ def models() -> list[Model]:
             _slow_nodes(),
             _tensor("y", "slept(get('x').as_numpy())"),
             max_batch=1,
-            batching="default_queue_policy { max_queue_size: 1 }",
+            batching="default_queue_policy { max_queue_size: 1 allow_timeout_override: true }",
             helpers=f"def slept(x):\n    time.sleep({SLOW_S})\n    return x\n",
             settings='{"workers": 1, "replicas": 1}',
         )
@@ -306,12 +310,25 @@ def start_triton(folder: Path, home: Path) -> tuple[subprocess.Popen[bytes], Ser
         "PATH": f"{environment_home / 'bin'}{os.pathsep}{os.environ['PATH']}",
     }
     with (folder.parent / "triton.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     return process, _wait(
         process,
         Server("triton", f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", "model.py", DOUBLE.triton().encode()),
         folder.parent / "triton.log",
     )
+
+
+def stop(process: subprocess.Popen[bytes], server: Server) -> None:
+    """End a server; Triton's Python backend hangs at times, and then it is killed with its processes."""
+    process.terminate()
+    if server.kind == "accelrt":
+        assert process.wait(60) == 0
+        return
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
 
 
 def _wait(process: subprocess.Popen[bytes], server: Server, log: Path | None = None) -> Server:

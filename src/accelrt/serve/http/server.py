@@ -37,9 +37,7 @@ _MOST_ROUTES, _LONGEST_ROUTE = 4096, 512
 class HttpServer:
     """A running server; made by `start`. It is the host of its connections."""
 
-    def __init__(
-        self, service: Service, settings: ServerSettings, regions: SharedMemoryRegistry | None = None
-    ) -> None:
+    def __init__(self, service: Service, settings: ServerSettings, regions: SharedMemoryRegistry | None = None) -> None:
         if regions is None:
             regions = SharedMemoryRegistry(enabled=settings.shared_memory, largest=settings.limits.body_bytes)
         self.limits: Limits = settings.limits

@@ -365,7 +365,7 @@ class ModelService:
                 full = isinstance(error, ModelUnavailable)  # no room is no fault of the model
                 slot.failures += not full
                 slot.retry_at = time.monotonic() + (0.0 if full else pause)
-                slot.state, slot.reason = "UNAVAILABLE", str(error)
+                slot.state, slot.reason = "UNAVAILABLE", self._without_paths(str(error))
         finally:
             with self._lock:
                 if slot.loading is future:
@@ -388,7 +388,7 @@ class ModelService:
                     entry.joint = None
                 if entry.found is None and not entry.slots and isinstance(error, ModelNotFound):
                     self._entries.pop(entry.name, None)
-            joint.set_exception(_asked_in_vain(entry.name, error))
+            joint.set_exception(self._asked_in_vain(entry.name, error))
         else:
             joint.set_result(None)
 
@@ -420,7 +420,7 @@ class ModelService:
             with entry.serial:
                 self._load_as(entry, found, uploads)
         except AccelrtError as error:
-            raise _asked_in_vain(name, error) from error
+            raise self._asked_in_vain(name, error) from error
         finally:
             with self._lock:
                 entry.pending -= 1
@@ -543,11 +543,12 @@ class ModelService:
 
     def _failed(self, slot: Slot, error: AccelrtError) -> None:
         logger.warning("Model %s version %s was not loaded: %s", slot.name, slot.version, error)
+        reason = self._without_paths(str(error))
         with self._lock:
             if slot.live is not None:
-                slot.reason = f"the last load failed, and the version before it answers: {error}"
+                slot.reason = f"the last load failed, and the version before it answers: {reason}"
             else:
-                slot.state, slot.reason = "UNAVAILABLE", str(error)
+                slot.state, slot.reason = "UNAVAILABLE", reason
 
     def _bring_up(self, slot: Slot, plan: Plan, *, evict: bool, wait_s: float, fresh: bool = False) -> None:
         """Load a version, warm it up, and have it answer in the place of what did so far."""
@@ -743,6 +744,20 @@ class ModelService:
 
     # Errors
 
+    def _asked_in_vain(self, name: str, error: BaseException) -> BaseException:
+        """Return what a client is told whose load failed."""
+        if not isinstance(error, AccelrtError) or isinstance(error, ModelNotFound | RequestError | ModelUnavailable):
+            return error
+        told = RequestError(f"Model {name!r} cannot be loaded: {self._without_paths(error.message)}", hint=error.hint)
+        told.__cause__ = error
+        return told
+
+    def _without_paths(self, text: str) -> str:
+        """Return a reason as clients may read it: where on this machine the models lie is left out."""
+        for folder in (*self._uploads.folders(), *self.settings.repository):
+            text = text.replace(f"{folder}/", "")
+        return text
+
     def _explicit(self, verb: str) -> None:
         if self.settings.control != "explicit":
             raise NotAllowed(
@@ -799,15 +814,6 @@ def _parameters(
                 hint="It takes config, as text, and file:<version>/<name>, as bytes.",
             )
     return override, files
-
-
-def _asked_in_vain(name: str, error: BaseException) -> BaseException:
-    """Return what a client is told whose load failed."""
-    if not isinstance(error, AccelrtError) or isinstance(error, ModelNotFound | RequestError | ModelUnavailable):
-        return error
-    told = RequestError(f"Model {name!r} cannot be loaded: {error.message}", hint=error.hint)
-    told.__cause__ = error
-    return told
 
 
 def _later(message: str, seconds: float) -> ModelUnavailable:
