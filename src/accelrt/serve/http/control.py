@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 import accelrt
 from accelrt.errors import AccelrtError, ModelNotFound, RequestError
+from accelrt.protocol.datatypes import shown
 from accelrt.serve.extensions import extensions
 from accelrt.serve.http import classic, documents, schema
 from accelrt.serve.http.access import local_regions
@@ -31,7 +32,6 @@ from accelrt.serve.http.web import checked, response, whole_body
 from accelrt.serve.interface import Service, is_ready
 from accelrt.serve.settings import Limits, ServerSettings
 from accelrt.serve.shared_memory import SharedMemoryRegistry
-from accelrt.serve.tensors import shown
 
 Name = Annotated[str, PathParameter(description="The model's name.")]
 RegionName = Annotated[str, PathParameter(description="The name that a region was registered under.")]

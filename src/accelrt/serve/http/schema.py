@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelrt.serve.tensors import DTYPES
+from accelrt.protocol.datatypes import DTYPES
 
 DESCRIPTION = (
     "The Open Inference Protocol V2 with the extensions that `GET /v2` lists. Errors are objects with the one member "

@@ -10,14 +10,15 @@ import msgspec
 import numpy as np
 import orjson
 
-from accelrt.errors import RequestError, RequestTooLarge, ServingError
+from accelrt.errors import RequestError, RequestTooLarge
 from accelrt.graph.types import Value
+from accelrt.protocol.datatypes import datatype_of, dtype_of, from_raw, shown, to_raw
 from accelrt.serve.http.bodies import guard_depth, quote_not_finite
 from accelrt.serve.http.replies import BINARY, Reply
 from accelrt.serve.interface import InferRequest, InferResponse, ModelMetadata
 from accelrt.serve.settings import Limits
 from accelrt.serve.shared_memory import SharedMemoryRegistry
-from accelrt.serve.tensors import datatype_of, dtype_of, from_json, from_raw, shown, to_json, to_raw
+from accelrt.serve.tensors import from_json, to_json
 
 HEADER_LENGTH = "inference-header-content-length"
 JOINED_BYTES = 64 * 2**10
@@ -293,8 +294,8 @@ def write_response(response: InferResponse, wishes: Wishes, regions: SharedMemor
         regions: Shared memory, for outputs that go there.
 
     Raises:
-        RequestError: An output has no form in JSON, and was not asked for as binary data.
-        ServingError: An output is of a type that the protocol does not have.
+        RequestError: An output has no form in JSON, and was not asked for as binary data; or the protocol has no tensors
+            of its type.
     """
     outputs: list[dict[str, Any]] = []
     raw: list[bytes | memoryview] = []
@@ -337,7 +338,10 @@ def _array(name: str, value: Value) -> np.ndarray[Any, Any]:
     if isinstance(value, np.ndarray | np.generic):
         return np.asarray(value)
     kind = "an empty optional" if value is None else f"a {type(value).__name__}"
-    raise ServingError(f"The output {shown(name)} is {kind}; the protocol has tensors only.")
+    raise RequestError(
+        f"The output {shown(name)} is {kind}; the protocol has tensors only.",
+        hint="Name the other outputs in the request.",
+    )
 
 
 def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,13 +23,12 @@ from accelrt.errors import (
 from accelrt.graph.types import Port, Signature, TensorType, Value, numpy_dtype
 from accelrt.runtime.inputs import Binder
 from accelrt.runtime.runner import Outputs
-from accelrt.serve.models.config import DATATYPES, ModelConfig, TensorConfig
+from accelrt.serve.models.config import ModelConfig, TensorConfig
 from accelrt.serve.models.settings import DEFAULT_MAX_BATCH, ModelSettings
 
 if TYPE_CHECKING:
     from accelrt.artifact.artifact import Artifact
 
-PROTOCOL_DATATYPES: Mapping[str, str] = {dtype: name for name, dtype in DATATYPES.items()}
 _COMPILING = ("backend", "precision", "options", "batch_sizes")
 _UPLOADABLE = (".onnx", ".accel")
 
