@@ -294,8 +294,8 @@ def write_response(response: InferResponse, wishes: Wishes, regions: SharedMemor
         regions: Shared memory, for outputs that go there.
 
     Raises:
-        RequestError: An output has no form in JSON, and was not asked for as binary data; or the protocol has no tensors
-            of its type.
+        RequestError: An output has no form in JSON, and was not asked for as binary data; or the protocol carries no
+            such thing.
     """
     outputs: list[dict[str, Any]] = []
     raw: list[bytes | memoryview] = []
@@ -340,7 +340,7 @@ def _array(name: str, value: Value) -> np.ndarray[Any, Any]:
     kind = "an empty optional" if value is None else f"a {type(value).__name__}"
     raise RequestError(
         f"The output {shown(name)} is {kind}; the protocol has tensors only.",
-        hint="Name the other outputs in the request.",
+        hint="Name the other outputs.",
     )
 
 
