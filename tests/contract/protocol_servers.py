@@ -8,6 +8,7 @@ inputs and outputs: accelrt ONNX graphs, Triton the same functions in its Python
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
@@ -63,6 +65,12 @@ class Model:
     nodes: tuple[onnx.NodeProto, ...]
     python: str
     max_batch: int = 0
+    versions: tuple[str, ...] = ("1",)
+    batching: str = "max_queue_delay_microseconds: 1000"
+    helpers: str = ""
+    """Lines of Python before the class, for Triton."""
+    settings: str = ""
+    """An ``accelrt.json``, for accelrt."""
 
     def onnx(self) -> onnx.ModelProto:
         def ports(of: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[onnx.ValueInfoProto]:
@@ -89,7 +97,9 @@ class Model:
                 for name, (datatype, dims) in of.items()
             )
 
-        batching = "dynamic_batching { max_queue_delay_microseconds: 1000 }\n" if self.max_batch else ""
+        batching = f"dynamic_batching {{ {self.batching} }}\n" if self.max_batch else ""
+        if self.versions != ("1",):
+            batching += "version_policy: { all {} }\n"
         return (
             f'name: "{self.name}"\n{platform}\nmax_batch_size: {self.max_batch}\n'
             f"input [{ports(self.inputs)}]\noutput [{ports(self.outputs)}]\n{batching}"
@@ -97,7 +107,7 @@ class Model:
 
     def triton(self) -> str:
         return (
-            "import numpy as np\nimport triton_python_backend_utils as pb\n"
+            f"import time\nimport numpy as np\nimport triton_python_backend_utils as pb\n{self.helpers}"
             "class TritonPythonModel:\n"
             "    def execute(self, requests):\n"
             "        return [self.one(r) for r in requests]\n"
@@ -149,7 +159,89 @@ def models() -> list[Model]:
             MAX_BATCH,
         )
     )
+    made.append(
+        Model(
+            "twofold",
+            {"x": ("FP32", (-1,))},
+            {"y": ("FP32", (-1,))},
+            (helper.make_node("Neg", ["x"], ["y"]),),
+            _tensor("y", "-get('x').as_numpy()"),
+            versions=("1", "3"),
+        )
+    )
+    # A level for urgent requests, one for the others; nobody else's run is shared.
+    queue = (
+        "default_queue_policy { timeout_action: REJECT allow_timeout_override: true "
+        "default_timeout_microseconds: 60000000 }"
+    )
+    made.append(
+        Model(
+            "slow",
+            {"x": ("FP32", (1,))},
+            {"y": ("FP32", (1,))},
+            _slow_nodes(),
+            _tensor("y", "slept(get('x').as_numpy())"),
+            max_batch=1,
+            batching=f"priority_levels: 2 default_priority_level: 2 {queue}",
+            helpers=f"def slept(x):\n    time.sleep({SLOW_S})\n    return x\n",
+            settings='{"workers": 1, "replicas": 1}',
+        )
+    )
+    # As many as may wait is one: a second one is turned away.
+    made.append(
+        Model(
+            "narrow",
+            {"x": ("FP32", (1,))},
+            {"y": ("FP32", (1,))},
+            _slow_nodes(),
+            _tensor("y", "slept(get('x').as_numpy())"),
+            max_batch=1,
+            batching="default_queue_policy { max_queue_size: 1 allow_timeout_override: true }",
+            helpers=f"def slept(x):\n    time.sleep({SLOW_S})\n    return x\n",
+            settings='{"workers": 1, "replicas": 1}',
+        )
+    )
     return made
+
+
+SLOW_S = 0.6
+"""What Triton's slow models sleep. Those of accelrt multiply matrices for about as long."""
+_SLOW_SIZE, _SLOW_TIMES = 256, 500
+
+
+def _slow_nodes() -> tuple[onnx.NodeProto, ...]:
+    """y = x, after a loop of matrix products whose result is added as zero so that nothing can leave them out."""
+    matrix = helper.make_tensor("m", TensorProto.FLOAT, [_SLOW_SIZE] * 2, np.eye(_SLOW_SIZE, dtype=np.float32).ravel())
+    body = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["carried", "matrix"], ["next"]),
+            helper.make_node("Identity", ["go"], ["go_on"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("carried", TensorProto.FLOAT, [_SLOW_SIZE] * 2),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, [_SLOW_SIZE] * 2),
+        ],
+    )
+    times = helper.make_tensor("n", TensorProto.INT64, [], [_SLOW_TIMES])
+    zero = helper.make_tensor("z", TensorProto.FLOAT, [], [0.0])
+    return (
+        helper.make_node("Constant", [], ["matrix"], value=matrix),
+        helper.make_node("Constant", [], ["times"], value=times),
+        helper.make_node("Constant", [], ["zero"], value=zero),
+        helper.make_node("ReduceSum", ["x"], ["total"], keepdims=0),
+        helper.make_node("Mul", ["total", "zero"], ["nothing"]),
+        helper.make_node("Add", ["matrix", "nothing"], ["first"]),
+        helper.make_node("Loop", ["times", "", "first"], ["last"], body=body),
+        helper.make_node("ReduceSum", ["last"], ["trace"], keepdims=0),
+        helper.make_node("Mul", ["trace", "zero"], ["still_nothing"]),
+        helper.make_node("Add", ["x", "still_nothing"], ["y"]),
+    )
 
 
 DOUBLE = Model(
@@ -174,8 +266,11 @@ def free_ports(count: int) -> list[int]:
 def start_accelrt(folder: Path) -> tuple[subprocess.Popen[bytes], Server]:
     for model in [*models(), DOUBLE]:
         home = folder / model.name
-        (home / "1").mkdir(parents=True)
-        onnx.save(model.onnx(), home / "1" / "model.onnx")
+        for version in model.versions:
+            (home / version).mkdir(parents=True)
+            onnx.save(model.onnx(), home / version / "model.onnx")
+        if model.settings:
+            (home / "accelrt.json").write_text(model.settings)
         (home / "config.pbtxt").write_text(model.config('platform: "onnxruntime_onnx"'))
     http, grpc = free_ports(2)
     command = [sys.executable, "-m", "accelrt", "serve", str(folder), "--model-control-mode", "explicit"]
@@ -190,8 +285,9 @@ def start_accelrt(folder: Path) -> tuple[subprocess.Popen[bytes], Server]:
 def start_triton(folder: Path, home: Path) -> tuple[subprocess.Popen[bytes], Server]:
     for model in [*models(), DOUBLE]:
         place = folder / model.name
-        (place / "1").mkdir(parents=True)
-        (place / "1" / "model.py").write_text(model.triton())
+        for version in model.versions:
+            (place / version).mkdir(parents=True)
+            (place / version / "model.py").write_text(model.triton())
         (place / "config.pbtxt").write_text(model.config('backend: "python"'))
     environment_home = home.parents[4]  # the virtual environment, whose Python has numpy
     version = home.parents[2].name.removeprefix("python")
@@ -214,12 +310,25 @@ def start_triton(folder: Path, home: Path) -> tuple[subprocess.Popen[bytes], Ser
         "PATH": f"{environment_home / 'bin'}{os.pathsep}{os.environ['PATH']}",
     }
     with (folder.parent / "triton.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     return process, _wait(
         process,
         Server("triton", f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", "model.py", DOUBLE.triton().encode()),
         folder.parent / "triton.log",
     )
+
+
+def stop(process: subprocess.Popen[bytes], server: Server) -> None:
+    """End a server; Triton's Python backend hangs at times, and then it is killed with its processes."""
+    process.terminate()
+    if server.kind == "accelrt":
+        assert process.wait(60) == 0
+        return
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
 
 
 def _wait(process: subprocess.Popen[bytes], server: Server, log: Path | None = None) -> Server:

@@ -39,7 +39,7 @@ class SlowlyLoaded(SmallService):
         if not self._fails:
             self.hidden.clear()
 
-    async def close(self) -> None:
+    async def drain(self, timeout_s: float) -> None:
         super().close()
         print("closed", flush=True)
 

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 import accelrt
 from accelrt.errors import InputError, ModelNotFound, ModelUnavailable, NotAllowed, RequestError, RequestTimeout
 from accelrt.graph.types import Signature, TensorType
+from accelrt.protocol.datatypes import DATATYPES
 from accelrt.serve.interface import (
     Duration,
     IndexEntry,
@@ -26,7 +27,6 @@ from accelrt.serve.interface import (
     ModelStatistics,
     TensorMetadata,
 )
-from accelrt.serve.tensors import datatype_named
 
 ELEMENTS = {
     "BOOL": TensorProto.BOOL,
@@ -130,7 +130,7 @@ class OneModel:
 def _tensor(port: Any) -> TensorMetadata:
     assert isinstance(port.type, TensorType) and port.type.shape is not None
     shape = tuple(size if isinstance(size, int) else -1 for size in port.type.shape)
-    return TensorMetadata(port.name, datatype_named(port.type.dtype), shape)
+    return TensorMetadata(port.name, DATATYPES[port.type.dtype], shape)
 
 
 class SmallService:
@@ -215,7 +215,7 @@ def bad_input() -> InputError:
 def sample(datatype: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, Any]:
     """Random values of a datatype."""
     from accelrt.graph.types import numpy_dtype
-    from accelrt.serve.tensors import DTYPES
+    from accelrt.protocol.datatypes import DTYPES
 
     rng = np.random.default_rng(seed)
     if datatype == "BYTES":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from accelrt.serve.models import ModelService
+from accelrt.serve.models.settings import ModelSettings
 from tests.serve.serve_client import Raw, ask, post
 
 ROOT = Path(__file__).parents[2]
@@ -192,14 +193,46 @@ def test_the_word_that_sagemaker_says(monkeypatch: pytest.MonkeyPatch, tmp_path:
     ]
 
 
-def test_the_command_serves_a_model(tmp_path: Path) -> None:
+def test_defaults_for_models_are_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from accelrt.cli import app
+    from accelrt.serve import run
+    from accelrt.serve.settings import ServerSettings
+
+    asked: list[ServerSettings] = []
+    monkeypatch.setattr(run, "serve", lambda settings, announce: asked.append(settings))
+    arguments = ["--isolation", "process", "--max-batch-size", "16", "--max-queue-delay-us", "250", "--max-queue", "9"]
+    arguments += ["--latency-target-ms", "12.5", "--precision", "bf16", "--load-threads", "3", "--no-shared-memory"]
+    assert CliRunner().invoke(app, ["serve", str(tmp_path), *arguments]).exit_code == 0
+    assert CliRunner().invoke(app, ["serve", str(tmp_path)]).exit_code == 0
+    for wrong, code in (
+        ("--isolation=often", 2),
+        ("--precision=fp3", 3),
+        ("--max-queue=0", 2),
+        ("--load-threads=0", 2),
+    ):
+        assert CliRunner().invoke(app, ["serve", str(tmp_path), wrong]).exit_code == code
+    assert len(asked) == 2
+    service = run._model_service(asked[0])
+    assert isinstance(service, ModelService)
+    defaults = service.settings.defaults
+    assert (defaults.isolation, defaults.max_batch_size, defaults.max_queue_delay_us) == ("process", 16, 250)
+    assert (defaults.max_queue, defaults.latency_target_ms, defaults.precision) == (9, 12.5, "bf16")
+    assert service.settings.load_threads == 3 and not asked[0].shared_memory
+    unsaid = run._model_service(asked[1])
+    assert isinstance(unsaid, ModelService) and unsaid.settings.defaults == ModelSettings()
+    assert asked[1].shared_memory
+
+
+def test_the_command_serves_a_model() -> None:
     pytest.importorskip("accelrt.serve.models.service")
     from accelrt.data import digits_model
 
     with process(
         "accelrt",
         "serve",
-        str(shutil.copy(digits_model(), tmp_path / "some.onnx")),
+        str(digits_model()),  # has a digits.json of another kind beside it
         "--http-port",
         "0",
         "--grpc-port",

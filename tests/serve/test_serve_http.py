@@ -36,13 +36,14 @@ from accelrt.errors import (
     ServingError,
 )
 from accelrt.graph.types import numpy_dtype
+from accelrt.protocol.datatypes import DTYPES
 from accelrt.serve.http import bodies, loose
 from accelrt.serve.http import server as http_server
 from accelrt.serve.http.connection import Connection
 from accelrt.serve.http.inference import Inference
 from accelrt.serve.http.replies import Reply, reason_of, reply_of, status_of
 from accelrt.serve.settings import Limits, ServerSettings, TlsFiles, read_api_keys
-from accelrt.serve.tensors import BINARY_ONLY, DTYPES
+from accelrt.serve.tensors import BINARY_ONLY
 from tests.serve.serve_client import Raw, Running, ask, post, running
 from tests.serve.served_models import ELEMENTS, SmallService, bad_input, identity, sample, two_inputs
 
@@ -299,7 +300,9 @@ def test_openapi_describes_all_routes(plain: Running) -> None:
         ("GET", "/v2/logging", 501),
         ("POST", "/v2/trace/setting", 501),
         ("POST", "/v2/models/fp32/generate", 501),
-        ("POST", "/v2/systemsharedmemory/region/a/register", 501),
+        ("POST", "/v2/cudasharedmemory/region/a/register", 501),
+        ("POST", "/v2/systemsharedmemory/region/a/register", 400),
+        ("GET", "/v2/systemsharedmemory/region/a/status", 404),
         ("GET", "/docs", 404),
     ],
 )

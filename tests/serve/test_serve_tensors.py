@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from accelrt.errors import AccelrtError, RequestError, ServingError
+from accelrt.protocol.datatypes import DTYPES, datatype_of, dtype_of, from_raw, to_raw
 from accelrt.serve import tensors
-from accelrt.serve.tensors import DTYPES, datatype_of, dtype_of, from_json, from_raw, to_json, to_raw
+from accelrt.serve.tensors import from_json, to_json
 
 NUMERIC = sorted(set(DTYPES) - {"BYTES"})
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
@@ -221,7 +222,7 @@ def test_scalars() -> None:
 
 def test_types_without_a_datatype() -> None:
     for array in (np.zeros(1, np.complex64), np.zeros(1, ml_dtypes.float8_e4m3fn), np.zeros(1, ml_dtypes.int4)):
-        with pytest.raises(ServingError, match="no datatype"):
+        with pytest.raises(RequestError, match="no datatype"):
             datatype_of(array)
     assert datatype_of(np.array(["a"])) == datatype_of(np.array(["a"], object)) == "BYTES"
 

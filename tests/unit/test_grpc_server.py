@@ -444,17 +444,17 @@ def infer_request(**fields: Any) -> Any:
 @pytest.mark.parametrize(
     ("request_", "said"),
     [
-        (infer_request(raw=[bytes(15)]), "takes 16 bytes, and 15 came"),
+        (infer_request(raw=[bytes(15)]), "takes 16 bytes; 15 came"),
         (infer_request(raw=[bytes(16), bytes(16)]), "more than it has inputs for"),
         (infer_request(raw=[bytes(16)], typed=[1.0]), "in one of the two ways"),
         (infer_request(typed=[1.0]), "takes 4 elements, and 1 came"),
         (infer_request(), "takes 4 elements, and 0 came"),
         (infer_request(raw=[bytes(16)], datatype="FP99"), "no datatype 'FP99'"),
-        (infer_request(raw=[bytes(16)], shape=[-2, -2]), "no possible shape"),
-        (infer_request(raw=[bytes(16)], shape=[1] * 65), "no possible shape"),
-        (infer_request(raw=[bytes(16)], shape=[1 << 62, 1 << 62]), "and 16 came"),
-        (infer_request(raw=[bytes(16)], datatype="BYTES", shape=[2]), "8 bytes after its 2 texts"),
-        (infer_request(raw=[b"\xff" * 16], datatype="BYTES"), "ends within its text 0"),
+        (infer_request(raw=[bytes(16)], shape=[-2, -2]), "with a negative size"),
+        (infer_request(raw=[bytes(16)], shape=[1] * 65), "has 65 dimensions"),
+        (infer_request(raw=[bytes(16)], shape=[1 << 62, 1 << 62]), "which no array can have"),
+        (infer_request(raw=[bytes(16)], datatype="BYTES", shape=[2]), "8 bytes are left over"),
+        (infer_request(raw=[b"\xff" * 16], datatype="BYTES"), "Element 0 of tensor"),
         (infer_request(raw=[bytes(16)], datatype="BYTES", shape=[1 << 40]), "the most is"),
         (infer_request(typed=[1.0] * 4, datatype="INT8"), "takes int_contents"),
     ],
@@ -723,7 +723,7 @@ def test_settings_that_cannot_be(tmp_path: Path, server: Any) -> None:
 def test_missing_grpc_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "grpc", None)
     monkeypatch.delitem(sys.modules, "accelrt.serve.grpc.server", raising=False)
-    with pytest.raises(BackendUnavailable, match="pip install 'accelrt\\[grpc\\]'"):
+    with pytest.raises(BackendUnavailable, match="pip install 'accelrt\\[serve\\]'"):
         asyncio.run(start(standard()))
 
 

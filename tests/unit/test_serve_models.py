@@ -470,7 +470,7 @@ def test_a_model_that_did_not_change_is_not_loaded_again(tmp_path: Path) -> None
 def test_more_models_than_fit_take_turns(tmp_path: Path) -> None:
     for number in range(6):
         put(tmp_path / f"m{number}.onnx", line(number + 1))
-    (tmp_path / "m0.json").write_text('{"pinned": true}')
+    (tmp_path / "m0.accelrt.json").write_text('{"pinned": true}')
 
     async def scenario() -> None:
         async with service(tmp_path, max_resident_models=2) as served:
@@ -510,7 +510,7 @@ def test_a_model_too_large_is_told_so(tmp_path: Path) -> None:
 def test_busy_and_pinned_models_are_not_unloaded_and_requests_wait_no_longer_than_they_should(tmp_path: Path) -> None:
     for name in ("pinned", "other"):
         put(tmp_path / f"{name}.onnx", line(2))
-    (tmp_path / "pinned.json").write_text('{"pinned": true}')
+    (tmp_path / "pinned.accelrt.json").write_text('{"pinned": true}')
 
     async def scenario() -> None:
         async with service(tmp_path, max_resident_models=1, load_wait_s=0.3) as served:
@@ -693,7 +693,7 @@ def test_memory_of_what_was_unloaded_is_let_go_at_once(tmp_path: Path) -> None:
 
 def test_deadlines_and_full_queues_through_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "a.onnx", line(2))
-    (tmp_path / "a.json").write_text('{"max_queue": 4, "max_batch_size": 1, "workers": 1}')
+    (tmp_path / "a.accelrt.json").write_text('{"max_queue": 4, "max_batch_size": 1, "workers": 1}')
     from accelrt.runtime.session import Session
 
     gate, computed = threading.Event(), []

@@ -20,7 +20,7 @@ def touch(path: Path, data: bytes = b"model") -> Path:
 
 def test_all_layouts_side_by_side(tmp_path: Path) -> None:
     touch(tmp_path / "flat.onnx")
-    touch(tmp_path / "flat.json", b'{"pinned": true}')
+    touch(tmp_path / "flat.accelrt.json", b'{"pinned": true}')
     touch(tmp_path / "packed.accel")
     touch(tmp_path / "saved" / "saved_model.pb")
     touch(tmp_path / "triton" / "1" / "model.onnx")

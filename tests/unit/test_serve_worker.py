@@ -72,7 +72,7 @@ def isolated(root: Path, **more: Any) -> ModelService:
 def test_a_crash_fails_its_requests_and_nothing_else(crashing: Path) -> None:
     put(crashing / "bad.onnx", line(1))
     put(crashing / "good.onnx", line(2))
-    (crashing / "bad.json").write_text(
+    (crashing / "bad.accelrt.json").write_text(
         '{"backend": "crash", "isolation": "process", "max_batch_size": 1, "hang_timeout_s": 2}'
     )
 
@@ -128,7 +128,7 @@ def test_while_it_is_down_requests_are_told_when_to_come_back(tmp_path: Path) ->
 
 def test_many_calls_are_under_way_at_once_and_errors_come_back_as_they_are(crashing: Path) -> None:
     put(crashing / "a.onnx", line(2))
-    (crashing / "a.json").write_text('{"workers": 4, "max_batch_size": 1}')
+    (crashing / "a.accelrt.json").write_text('{"workers": 4, "max_batch_size": 1}')
 
     async def scenario() -> None:
         async with isolated(crashing) as served:
@@ -169,7 +169,7 @@ def test_swapping_and_unloading_ends_the_process(tmp_path: Path) -> None:
 
 def test_what_cannot_be_loaded_in_the_worker_says_why(crashing: Path) -> None:
     put(crashing / "a.onnx", line(2))
-    (crashing / "a.json").write_text('{"isolation": "process", "devices": "77"}')
+    (crashing / "a.accelrt.json").write_text('{"isolation": "process", "devices": "77"}')
 
     async def scenario() -> None:
         async with ModelService(ServiceSettings((crashing,))) as served:

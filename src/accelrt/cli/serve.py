@@ -51,6 +51,42 @@ def serve(
         typer.Option("--backend", "-b", help="Target for models whose configuration names none.", metavar="TARGET"),
     ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Let programs in artifacts run code.")] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", "-p", help="Precision for models that name none."),
+    ] = None,
+    isolation: Annotated[
+        str | None,
+        typer.Option(
+            "--isolation",
+            help="A process for each model: auto (whose programs are code), none, process; where a model does not say.",
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option("--max-batch-size", help="Rows of a shared run, where a model does not say.", min=1),
+    ] = None,
+    queue_delay: Annotated[
+        int | None,
+        typer.Option(
+            "--max-queue-delay-us",
+            help="How long a request waits for others to share its run, where a model does not say.",
+            min=0,
+        ),
+    ] = None,
+    max_queue: Annotated[
+        int | None,
+        typer.Option("--max-queue", help="Requests that wait for a model; more get 503; else 1024.", min=1),
+    ] = None,
+    latency_target: Annotated[
+        float | None,
+        typer.Option(
+            "--latency-target-ms",
+            help="What a request may take in all; runs are kept small enough for it.",
+            min=0.001,
+        ),
+    ] = None,
+    load_threads: Annotated[int, typer.Option("--load-threads", help="Models loaded at once.", min=1)] = 2,
     max_models: Annotated[
         int | None, typer.Option("--max-resident-models", help="Models loaded at a time; others wait.", min=1)
     ] = None,
@@ -77,6 +113,10 @@ def serve(
     drain: Annotated[
         float, typer.Option("--exit-timeout-secs", help="How long requests may take after SIGTERM.", min=0.0)
     ] = 30.0,
+    shared_memory: Annotated[
+        bool,
+        typer.Option("--shared-memory/--no-shared-memory", help="Let clients of this machine register shared memory."),
+    ] = True,
     exit_on_error: Annotated[
         bool, typer.Option("--exit-on-error", help="End if a model cannot be loaded at the start.")
     ] = False,
@@ -93,12 +133,14 @@ def serve(
     Prints a line for each front end when models are loaded. SIGTERM and Ctrl-C let what is under way be answered
     before the server ends; a second one ends it at once. Without an API key it listens to this machine only.
     """
+    from accelrt.precision.plan import precision_named
     from accelrt.serve.logs import logging_to_stderr
     from accelrt.serve.run import serve as run
     from accelrt.serve.settings import (
         CONTROL_MODES,
         GRPC_PORT,
         HTTP_PORT,
+        ISOLATIONS,
         METRICS_PORT,
         SAGEMAKER_MODELS,
         SAGEMAKER_WORD,
@@ -113,6 +155,10 @@ def serve(
         raise typer.BadParameter("It is json or text.", param_hint="--log-format")
     if control_mode not in CONTROL_MODES:
         raise typer.BadParameter(f"It is one of {', '.join(CONTROL_MODES)}.", param_hint="--model-control-mode")
+    if isolation is not None and isolation not in ISOLATIONS:
+        raise typer.BadParameter(f"It is one of {', '.join(ISOLATIONS)}.", param_hint="--isolation")
+    if precision is not None:
+        precision_named(precision)
     if (tls_certificate is None) != (tls_key is None):
         raise typer.BadParameter("A certificate and its key go together.", param_hint="--tls-cert")
     if sagemaker and (repository is None or (repository == SAGEMAKER_WORD and not repository.exists())):
@@ -126,6 +172,13 @@ def serve(
         poll_s=poll,
         backend=backend,
         trust=trust,
+        precision=precision,
+        isolation=isolation,
+        max_batch_size=max_batch,
+        max_queue_delay_us=queue_delay,
+        max_queue=max_queue,
+        latency_target_ms=latency_target,
+        load_threads=load_threads,
         max_resident_models=max_models,
         max_resident_bytes=None if max_memory is None else max_memory * 2**20,
         host=host or ("0.0.0.0" if sagemaker else "127.0.0.1"),
@@ -137,6 +190,7 @@ def serve(
         insecure=insecure or sagemaker,
         tls=TlsFiles(tls_certificate, tls_key, tls_client_ca) if tls_certificate and tls_key else None,
         limits=Limits(body_bytes=max_body * 2**20, connections=max_connections, request_s=request_timeout),
+        shared_memory=shared_memory,
         exit_on_error=exit_on_error,
         drain_s=drain,
         log_requests=log_requests,

@@ -242,3 +242,13 @@ class Service(Protocol):
     def snapshot(self) -> Sequence[ModelSnapshot]:
         """Return the state of every version now, for metrics and the status page."""
         ...
+
+
+def is_ready(service: Service, name: str, version: str = "") -> bool:
+    """Tell whether a request for a model would be answered: it is loaded, or its request loads it.
+
+    `Service.find` alone says nothing of models that made room for others.
+    """
+    if service.find(name, version) is not None:
+        return True
+    return any(entry.name == name and version in ("", entry.version) for entry in service.index(ready=True))

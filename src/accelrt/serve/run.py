@@ -8,16 +8,21 @@ import importlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, cast
 
 from accelrt.errors import ServingError
 from accelrt.serve.interface import Service
 from accelrt.serve.settings import ServerSettings
+from accelrt.serve.shared_memory import SharedMemoryRegistry
 
 logger = logging.getLogger("accelrt.serve")
 
 EXTRA_HINT = "Install it with: pip install 'accelrt[serve]'"
+_LEAST_DRAIN_S = 2.0
+"""For unloading models, even if the front ends took all the time there was."""
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -28,8 +33,8 @@ class RunningService(Service, Protocol):
         """Load what is to be loaded at the start."""
         ...
 
-    async def close(self) -> None:
-        """Take no more requests, answer those that were taken, and unload everything."""
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests, answer those that were taken, and unload everything, in ``timeout_s`` at most."""
         ...
 
 
@@ -46,15 +51,15 @@ class FrontEnd(Protocol):
         ...
 
 
-Starter = Callable[[Service, ServerSettings], Awaitable[FrontEnd]]
+Starter = Callable[[Service, ServerSettings, SharedMemoryRegistry], Awaitable[FrontEnd]]
 
 
-async def _start_http(service: Service, settings: ServerSettings) -> FrontEnd:
+async def _start_http(service: Service, settings: ServerSettings, regions: SharedMemoryRegistry) -> FrontEnd:
     module = importlib.import_module("accelrt.serve.http.server")
-    return cast("FrontEnd", await module.start(service, settings))
+    return cast("FrontEnd", await module.start(service, settings, regions=regions))
 
 
-async def _start_grpc(service: Service, settings: ServerSettings) -> FrontEnd:
+async def _start_grpc(service: Service, settings: ServerSettings, regions: SharedMemoryRegistry) -> FrontEnd:
     for needed in ("grpc", "google.protobuf"):  # so that what is missing is named, whatever the front end makes of it
         importlib.import_module(needed)
     module, tls = importlib.import_module("accelrt.serve.grpc"), settings.tls
@@ -67,10 +72,10 @@ async def _start_grpc(service: Service, settings: ServerSettings) -> FrontEnd:
         client_ca=None if tls is None else tls.client_ca,
         api_keys=settings.api_keys,
     )
-    return cast("FrontEnd", await module.start(service, own))
+    return cast("FrontEnd", await module.start(service, own, regions=regions))
 
 
-async def _start_metrics(service: Service, settings: ServerSettings) -> FrontEnd:
+async def _start_metrics(service: Service, settings: ServerSettings, regions: SharedMemoryRegistry) -> FrontEnd:
     module = importlib.import_module("accelrt.serve.metrics")
     return cast("FrontEnd", await module.start(service, settings))
 
@@ -119,7 +124,16 @@ def _model_service(settings: ServerSettings) -> RunningService:
             load_models=settings.load,
             poll_s=settings.poll_s,
             trust=settings.trust,
-            defaults=ModelSettings(backend=settings.backend),
+            defaults=ModelSettings(
+                backend=settings.backend,
+                precision=settings.precision,
+                isolation=settings.isolation,
+                max_batch_size=settings.max_batch_size,
+                max_queue_delay_us=settings.max_queue_delay_us,
+                max_queue=settings.max_queue,
+                latency_target_ms=settings.latency_target_ms,
+            ),
+            load_threads=settings.load_threads,
             max_resident_models=settings.max_resident_models,
             max_resident_bytes=settings.max_resident_bytes,
             drain_s=settings.drain_s,
@@ -132,12 +146,14 @@ async def _serve(
 ) -> None:
     stopped = _watch_signals()
     service = make_service(settings)
+    # One for all front ends: what a client registers over HTTP it may use over gRPC.
+    regions = SharedMemoryRegistry(enabled=settings.shared_memory, largest=settings.limits.body_bytes)
     front_ends: dict[str, FrontEnd] = {}
     try:
         # Before the models are loaded, so that an orchestrator sees a server that lives and is not ready.
         for name, start in _STARTERS.items():
             if getattr(settings, f"{name}_port") is not None:
-                front_end = await _started(name, start, service, settings)
+                front_end = await _started(name, start, service, settings, regions)
                 if front_end is not None:
                     front_ends[name] = front_end
         if not front_ends:
@@ -152,6 +168,7 @@ async def _serve(
             logger.info("stopping", extra={"grace_s": settings.drain_s})
     finally:
         await _end(service, front_ends, settings.drain_s)
+        regions.unregister()
     logger.info("stopped")
 
 
@@ -187,10 +204,12 @@ def _watch_signals() -> asyncio.Event:
     return stopped
 
 
-async def _started(name: str, start: Starter, service: Service, settings: ServerSettings) -> FrontEnd | None:
+async def _started(
+    name: str, start: Starter, service: Service, settings: ServerSettings, regions: SharedMemoryRegistry
+) -> FrontEnd | None:
     """Start a front end; if what it needs is not installed, say so and go on without it, but not without HTTP."""
     try:
-        return await start(service, settings)
+        return await start(service, settings, regions)
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
     if name == "http":
@@ -215,14 +234,18 @@ async def _first_of(starting: Any, stopped: asyncio.Event) -> bool:
 
 
 async def _end(service: RunningService, front_ends: Mapping[str, FrontEnd], grace_s: float) -> None:
-    """Stop accepting, have everything answered, and unload; whatever fails, the rest is ended too."""
+    """Stop accepting, have everything answered, and unload; whatever fails, the rest is ended too.
+
+    A model that hangs must not keep the process: what the front ends did not use of the time is left for the models.
+    """
+    deadline = time.monotonic() + grace_s
     steps = [front_end.stop(grace_s) for name, front_end in front_ends.items() if name != "metrics"]
     problems = await asyncio.gather(*steps, return_exceptions=True)
-    for step in (
-        service.close,
-        *(lambda f=front_end: f.stop(0.0) for name, front_end in front_ends.items() if name == "metrics"),
-    ):
-        problems += await asyncio.gather(step(), return_exceptions=True)
+    left_s = max(_LEAST_DRAIN_S, deadline - time.monotonic())
+    problems += await asyncio.gather(service.drain(left_s), return_exceptions=True)
+    # Last, so that what happens until then is measured.
+    metrics = [front_end.stop(0.0) for name, front_end in front_ends.items() if name == "metrics"]
+    problems += await asyncio.gather(*metrics, return_exceptions=True)
     for problem in problems:
         if isinstance(problem, BaseException):
             logger.error("could not end in order: %s", problem, exc_info=problem)

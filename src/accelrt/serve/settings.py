@@ -15,6 +15,10 @@ from accelrt.errors import OptionError
 ControlMode = Literal["none", "poll", "explicit"]
 """Who loads models: ``none`` all at the start, ``poll`` as the repository changes, ``explicit`` clients."""
 
+Isolation = Literal["auto", "none", "process"]
+"""Whether a model has a process of its own; ``auto`` for those whose programs are code."""
+
+ISOLATIONS: tuple[Isolation, ...] = get_args(Isolation)
 CONTROL_MODES: tuple[ControlMode, ...] = get_args(ControlMode)
 
 HTTP_PORT, GRPC_PORT, METRICS_PORT = 8000, 8001, 8002
@@ -93,6 +97,9 @@ class ServerSettings:
         poll_s: Between two looks at the repository with ``poll``.
         backend: Target for models whose configuration names none; None for ``ACCELRT_BACKEND``, else the CPU.
         trust: Whether programs in artifacts may run code.
+        precision, isolation, max_batch_size, max_queue_delay_us, max_queue, latency_target_ms: For models whose own
+            settings do not say, see `accelrt.serve.models.settings.ModelSettings`.
+        load_threads: How many models are loaded at once.
         max_resident_models: How many models are loaded at a time; None for all.
         max_resident_bytes: How much they may hold; None for no limit.
         host: Address to listen at.
@@ -101,6 +108,7 @@ class ServerSettings:
         insecure: Listen beyond this machine although there is no key.
         tls: Certificate and key; None for plain text.
         limits: What is taken of a client.
+        shared_memory: Whether clients of this machine may register system shared memory.
         exit_on_error: End if a model cannot be loaded at the start; else the server goes on and is not ready.
         drain_s: How long requests under way may take after the server was asked to stop.
         log_requests: Log a line for each request.
@@ -114,6 +122,13 @@ class ServerSettings:
     poll_s: float = 15.0
     backend: str | None = None
     trust: bool = False
+    precision: str | None = None
+    isolation: Isolation | None = None
+    max_batch_size: int | None = None
+    max_queue_delay_us: int | None = None
+    max_queue: int | None = None
+    latency_target_ms: float | None = None
+    load_threads: int = 2
     max_resident_models: int | None = None
     max_resident_bytes: int | None = None
     host: str = "127.0.0.1"
@@ -124,6 +139,7 @@ class ServerSettings:
     insecure: bool = False
     tls: TlsFiles | None = None
     limits: Limits = field(default_factory=Limits)
+    shared_memory: bool = True
     exit_on_error: bool = False
     drain_s: float = 30.0
     log_requests: bool = False

@@ -69,6 +69,11 @@ class SharedMemoryRegistry:
         self._spares: list[bytearray] = []
         self._lock = threading.Lock()
 
+    @property
+    def enabled(self) -> bool:
+        """Whether anything may be registered."""
+        return self._enabled
+
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
         """Register a region.
 

@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol V2 as numpy arrays and back: raw bytes and JSON. Both front ends use it.
+"""Tensors of the Open Inference Protocol V2 in JSON as numpy arrays, and back. Raw bytes are `accelrt.protocol`'s.
 
 ==========  ==========================  =================================================================
 datatype    numpy                       JSON
@@ -11,243 +11,39 @@ FP32, FP64  float32, float64            numbers, and ``"NaN"``, ``"Infinity"``, 
 BYTES       objects of type ``bytes``   text
 ==========  ==========================  =================================================================
 
-Raw bytes are little endian, in C order, without padding; an element of BYTES is its length as an unsigned integer of
-four bytes, then its bytes. What a client says about sizes is held against what came before anything is allocated, and a
-number that its datatype cannot hold is refused, never wrapped or made infinite.
+A number that its datatype cannot hold is refused, never wrapped or made infinite.
 """
 
 from __future__ import annotations
 
 import math
-import struct
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from accelrt.errors import RequestError, ServingError
-from accelrt.graph.types import numpy_dtype
+from accelrt.errors import RequestError
+from accelrt.protocol.datatypes import (
+    MOST_DIMENSIONS,
+    Array,
+    datatype_of,
+    dtype_of,
+    element_count,
+    is_little,
+    objects_of,
+    shown,
+    texts_of,
+)
 
 if TYPE_CHECKING:
     import msgspec
 
-Array: TypeAlias = np.ndarray[Any, Any]
-Buffer: TypeAlias = bytes | bytearray | memoryview
-
-DTYPES: Mapping[str, str] = MappingProxyType(
-    {
-        "BOOL": "bool",
-        "INT8": "int8",
-        "INT16": "int16",
-        "INT32": "int32",
-        "INT64": "int64",
-        "UINT8": "uint8",
-        "UINT16": "uint16",
-        "UINT32": "uint32",
-        "UINT64": "uint64",
-        "FP16": "float16",
-        "BF16": "bfloat16",
-        "FP32": "float32",
-        "FP64": "float64",
-        "BYTES": "string",
-    }
-)
-"""Data types, as `accelrt.graph.types` names them, by the protocol's datatypes."""
-
-DATATYPES: Mapping[str, str] = MappingProxyType({dtype: datatype for datatype, dtype in DTYPES.items()})
-"""The protocol's datatypes by the names of data types."""
-
 BINARY_ONLY = frozenset({"FP16", "BF16"})
 """Datatypes that have no form in JSON."""
 
-MAX_RANK = 32
-"""Most dimensions of a tensor: numpy's own limit before 2.0, and more than any operator takes."""
-
-_LENGTH = struct.Struct("<I")
-_LARGEST = sys.maxsize
-_SHOWN = 80
 _ASK_BINARY = 'Ask for it with "binary_data": true.'
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def datatype_named(dtype: str) -> str:
-    """Return the datatype of a data type's name, as a signature has it.
-
-    Raises:
-        ServingError: The protocol has none: complex numbers, eight-bit floats, integers of less than a byte.
-    """
-    if (datatype := DATATYPES.get(dtype)) is None:
-        raise ServingError(
-            f"The Open Inference Protocol has no datatype for tensors of {dtype}.",
-            hint=f"It has {', '.join(DTYPES)}; convert inside the model.",
-        )
-    return datatype
-
-
-def datatype_of(array: Array) -> str:
-    """Return the datatype of an array; arrays of objects and of text are BYTES.
-
-    Raises:
-        ServingError: The protocol has none for it.
-    """
-    return _datatype_of(array.dtype)
-
-
-@cache
-def _datatype_of(dtype: np.dtype[Any]) -> str:
-    return "BYTES" if dtype.kind in "OSU" else datatype_named(dtype.name)
-
-
-@cache
-def dtype_of(datatype: str) -> np.dtype[Any]:
-    """Return the numpy dtype of a datatype: little endian, and objects for BYTES.
-
-    Raises:
-        RequestError: There is no such datatype.
-    """
-    if (name := DTYPES.get(datatype)) is None:
-        raise RequestError(f"{shown(datatype)} is no datatype.", hint=f"There are {', '.join(DTYPES)}.")
-    dtype = numpy_dtype(name)
-    return dtype if dtype.kind == "O" or sys.byteorder == "little" else dtype.newbyteorder("<")
-
-
-def shown(text: object) -> str:
-    """Return what a client sent as text for a message: quoted, and cut where it is long."""
-    quoted = repr(text)
-    return quoted if len(quoted) <= _SHOWN else f"{quoted[:_SHOWN]}..."
-
-
-def element_count(name: str, shape: Sequence[int]) -> int:
-    """Return the number of elements of a shape; it may be larger than any machine's memory, but numpy can express it.
-
-    Args:
-        name: The tensor's, for messages.
-        shape: Sizes that a client sent.
-
-    Raises:
-        RequestError: A size is negative, there are too many, or no array can have this shape.
-    """
-    if len(shape) > MAX_RANK:
-        raise RequestError(f"Tensor {shown(name)} has {len(shape)} dimensions; at most {MAX_RANK} are taken.")
-    if shape and min(shape) < 0:
-        raise RequestError(f"Tensor {shown(name)} has the shape {shown(list(shape))}, with a negative size.")
-    count = math.prod(shape)
-    # Sizes of empty arrays count too: numpy multiplies those that are not zero.
-    if count > _LARGEST // 8 or (count == 0 and math.prod(size for size in shape if size) > _LARGEST // 8):
-        raise RequestError(f"Tensor {shown(name)} has the shape {shown(list(shape))}, which no array can have.")
-    return count
-
-
-def from_raw(
-    name: str, datatype: str, shape: Sequence[int], buffer: Buffer, offset: int = 0, size: int | None = None
-) -> Array:
-    """Return the array whose raw bytes lie in a buffer: a view of it, read-only if the buffer is.
-
-    There is a copy only where elements would not be aligned to their size, which kernels may take for granted.
-
-    Args:
-        name: The tensor's, for messages.
-        datatype: As the client sent it.
-        shape: As the client sent it.
-        buffer: Holds the bytes; it must not change while the array is in use.
-        offset: Where the tensor begins in it.
-        size: How many bytes are the tensor's, None for all that are left.
-
-    Returns:
-        An array in C order; for BYTES one of objects of type ``bytes``.
-
-    Raises:
-        RequestError: Datatype, shape and bytes do not agree.
-    """
-    dtype = dtype_of(datatype)
-    left = len(buffer) - offset
-    size = left if size is None else size
-    if not 0 <= size <= left:
-        raise RequestError(f"Tensor {shown(name)} is said to take {size} bytes; {max(left, 0)} are left.")
-    count = element_count(name, shape)
-    if datatype == "BYTES":
-        return _texts(name, count, shape, memoryview(buffer)[offset : offset + size])
-    if count * dtype.itemsize != size:
-        raise RequestError(
-            f"Tensor {shown(name)}, {datatype} of shape {shown(list(shape))}, takes {count * dtype.itemsize} bytes; "
-            f"{size} came."
-        )
-    if not count:
-        return np.empty(shape, dtype)
-    array: Array = np.ndarray(shape, dtype, buffer, offset)
-    if datatype == "BOOL" and array.view(np.uint8).max() > 1:
-        raise RequestError(f"Tensor {shown(name)} is BOOL, and holds a byte that is neither 0 nor 1.")
-    return array if array.flags.aligned else array.copy()
-
-
-def _texts(name: str, count: int, shape: Sequence[int], view: memoryview) -> Array:
-    if count * _LENGTH.size > len(view):
-        raise RequestError(
-            f"Tensor {shown(name)} has {count} elements of BYTES, each with a length of {_LENGTH.size} bytes; "
-            f"{len(view)} bytes came."
-        )
-    items, at, end = [], 0, len(view)
-    for number in range(count):
-        if at + _LENGTH.size > end:
-            raise RequestError(f"Tensor {shown(name)} ends within the length of element {number}.")
-        (length,) = _LENGTH.unpack_from(view, at)
-        at += _LENGTH.size
-        if length > end - at:
-            raise RequestError(
-                f"Element {number} of tensor {shown(name)} is said to have {length} bytes; {end - at} are left."
-            )
-        items.append(bytes(view[at : at + length]))
-        at += length
-    if at != end:
-        raise RequestError(f"Tensor {shown(name)} is {count} elements of BYTES; {end - at} bytes are left over.")
-    return _objects(items, shape)
-
-
-def _objects(items: Sequence[bytes], shape: Sequence[int]) -> Array:
-    array: Array = np.empty(len(items), object)
-    array[:] = items
-    return array.reshape(shape)
-
-
-def to_raw(array: Array) -> bytes | memoryview:
-    """Return an array's raw bytes: a view of it where it is in C order and little endian already.
-
-    Args:
-        array: Of any dtype with a datatype; elements of text or of objects are ``str`` (sent as UTF-8) or ``bytes``.
-
-    Raises:
-        ServingError: It holds something else than text, or text of more than 4 GiB.
-    """
-    if array.dtype.kind in "OSU":
-        return b"".join(_with_length(item) for item in _as_bytes(array))
-    if not array.flags.c_contiguous or not _is_little(array.dtype):
-        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    # As numbers of eight bits, because the buffer protocol knows no bfloat16.
-    flat: Any = array.reshape(-1).view(np.uint8)
-    return memoryview(flat)
-
-
-def _with_length(item: bytes) -> bytes:
-    if len(item) > 0xFFFF_FFFF:
-        raise ServingError(f"An element of {len(item)} bytes is longer than the protocol's four bytes can say.")
-    return _LENGTH.pack(len(item)) + item
-
-
-def _as_bytes(array: Array) -> Iterable[bytes]:
-    for item in array.reshape(-1).tolist():
-        if isinstance(item, str):
-            yield item.encode()
-        elif isinstance(item, bytes):
-            yield item
-        else:
-            raise ServingError(f"An output of text holds a {type(item).__name__}, which is no text.")
-
-
-def _is_little(dtype: np.dtype[Any]) -> bool:
-    return dtype.byteorder in "<|" or (dtype.byteorder == "=" and sys.byteorder == "little")
 
 
 def from_json(name: str, datatype: str, shape: Sequence[int] | None, data: msgspec.Raw | bytes) -> Array:
@@ -294,8 +90,8 @@ def from_json(name: str, datatype: str, shape: Sequence[int] | None, data: msgsp
 
 def _array_of(name: str, datatype: str, depth: int, text: bytes) -> tuple[Array, Any]:
     """Return an array and the Python lists that it was made of."""
-    if depth > MAX_RANK:
-        raise RequestError(f"Tensor {shown(name)} is nested {depth} deep; at most {MAX_RANK} are taken.")
+    if depth > MOST_DIMENSIONS:
+        raise RequestError(f"Tensor {shown(name)} is nested {depth} deep; at most {MOST_DIMENSIONS} are taken.")
     items = _elements(name, datatype, depth, text)
     try:
         with np.errstate(over="ignore"):  # looked for later
@@ -317,7 +113,7 @@ def _texts_of(name: str, array: Array) -> Array:
     items = array.reshape(-1).tolist()
     if any(not isinstance(item, str) for item in items):
         raise RequestError(f"Tensor {shown(name)}: its lists are ragged.")
-    return _objects([item.encode() for item in items], array.shape)
+    return objects_of([item.encode() for item in items], array.shape)
 
 
 def _depth(text: bytes) -> int:
@@ -391,21 +187,20 @@ def to_json(name: str, array: Array) -> Array | list[Any]:
 
     Raises:
         RequestError: Its datatype has no form in JSON, or it holds bytes that are no text; the client may ask for it as
-            binary data.
-        ServingError: The protocol has no datatype for it.
+            binary data. Or the protocol has no datatype for it.
     """
     datatype = datatype_of(array)
     if datatype in BINARY_ONLY:
         raise RequestError(f"Output {shown(name)} is {datatype}, which has no form in JSON.", hint=_ASK_BINARY)
     if datatype == "BYTES":
         try:
-            return [item.decode() for item in _as_bytes(array)]
+            return [item.decode() for item in texts_of(array)]
         except UnicodeDecodeError:
             raise RequestError(f"Output {shown(name)} holds bytes that are no UTF-8.", hint=_ASK_BINARY) from None
     flat = array.reshape(-1)
     if array.dtype.kind == "f" and not np.isfinite(flat).all():
         return [value if math.isfinite(value) else _word(value) for value in _shortest(flat)]
-    if not _is_little(flat.dtype) or not flat.flags.c_contiguous or not flat.flags.aligned:
+    if not is_little(flat.dtype) or not flat.flags.c_contiguous or not flat.flags.aligned:
         flat = np.array(flat, flat.dtype.newbyteorder("="))
     return flat
 

@@ -1,6 +1,6 @@
 """The gRPC front end: ``inference.GRPCInferenceService``, as Open Inference Protocol and Triton clients speak it.
 
-Needs the extra ``grpc``. `start` is the way in; importing this package imports neither gRPC nor protobuf.
+Needs the extra ``serve``. `start` is the way in; importing this package imports neither gRPC nor protobuf.
 """
 
 from __future__ import annotations
@@ -38,6 +38,6 @@ async def start(
         from accelrt.serve.grpc.server import serve
     except ImportError as error:
         raise BackendUnavailable(
-            f"The gRPC front end needs a package that is missing: {error}.", hint="pip install 'accelrt[grpc]'"
+            f"The gRPC front end needs a package that is missing: {error}.", hint="pip install 'accelrt[serve]'"
         ) from error
     return await serve(service, settings or GrpcSettings(), regions)

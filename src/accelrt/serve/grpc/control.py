@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from google.protobuf import json_format
 
+import accelrt
 from accelrt.errors import NotAllowed, RequestError
 from accelrt.protocol.messages import METHODS, message
+from accelrt.serve.extensions import extensions
 from accelrt.serve.grpc.access import is_local
-from accelrt.serve.interface import Duration, Service
+from accelrt.serve.interface import Duration, Service, is_ready
 from accelrt.serve.shared_memory import SharedMemoryRegistry
-
-EXTENSIONS = (
-    "schedule_policy",
-    "model_repository",
-    "model_repository(unload_dependents)",
-    "model_configuration",
-    "statistics",
-    "system_shared_memory",
-    "parameters",
-)
-"""What is served beyond the protocol itself, in Triton's words."""
 
 ABSENT: Mapping[str, str] = {
     "CudaSharedMemoryStatus": "CUDA shared memory is not offered",
@@ -33,14 +23,6 @@ ABSENT: Mapping[str, str] = {
     "LogSettings": "Logging is not set by requests",
 }
 """Methods of the protocol that this server does not have, and what it answers."""
-
-
-def server_version() -> str:
-    """Return accelrt's version."""
-    try:
-        return version("accelrt")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 class Control:
@@ -74,10 +56,15 @@ class Control:
         return _reply("ServerReady", ready=self._service.ready())
 
     async def model_ready(self, request: Any, peer: str) -> Any:
-        return _reply("ModelReady", ready=self._service.find(request.name, request.version) is not None)
+        return _reply("ModelReady", ready=is_ready(self._service, request.name, request.version))
 
     async def server_metadata(self, request: Any, peer: str) -> Any:
-        return _reply("ServerMetadata", name="accelrt", version=server_version(), extensions=EXTENSIONS)
+        return _reply(
+            "ServerMetadata",
+            name="accelrt",
+            version=accelrt.__version__,
+            extensions=extensions(shared_memory=self._regions.enabled),
+        )
 
     async def model_metadata(self, request: Any, peer: str) -> Any:
         found = (await self._service.model(request.name, request.version)).metadata

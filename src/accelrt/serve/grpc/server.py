@@ -213,10 +213,25 @@ async def _abort(context: Any, error: Exception) -> Any:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     code, details = _status(error)
+    _forget_frames(error)
     trailing = [(KIND, type(error).__name__)] if isinstance(error, AccelrtError) else []
     if isinstance(error, ModelUnavailable) and error.retry_after_s is not None:
         trailing.append((RETRY_AFTER, str(int(error.retry_after_s * 1000))))
     await context.abort(code, details, tuple(trailing))
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Let go of what an error's frames hold: gRPC keeps the error of an aborted call until the next full collection.
+
+    Among it is the model, which could not be unloaded as long as somebody seems to use it.
+    """
+    left, seen = [error], set()
+    while left:
+        one = left.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            left += [each for each in (one.__cause__, one.__context__) if each is not None]
 
 
 def _options(settings: GrpcSettings) -> list[tuple[str, int]]:

@@ -67,6 +67,8 @@ def request_of(wire: WireInfer, regions: SharedMemoryRegistry, arrived_ns: int) 
     if parameters:
         rest = dict(parameters)
         priority, timeout = _count(rest, "priority"), _count(rest, "timeout")
+        if rest.get("sequence_id") or rest.get("sequence_start") or rest.get("sequence_end"):
+            raise RequestError("Sequences are not among this server's extensions: each request stands for itself.")
         answering.final_flag = rest.pop("triton_enable_empty_final_response", False) is True
         parameters = rest
     return InferRequest(inputs, names or None, wire.id, priority, timeout, parameters, arrived_ns), answering

@@ -6,7 +6,9 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 
+from accelrt.errors import NotAllowed
 from accelrt.serve.http.replies import Reply, failure
+from accelrt.serve.shared_memory import SharedMemoryRegistry
 
 OPEN_TARGETS = frozenset({b"/v2/health/live", b"/v2/health/ready", b"/ping", b"/ui", b"/ui/page.css", b"/ui/page.js"})
 """Asked by orchestrators and by browsers for the status page, which have no key yet; they tell nothing but whether the
@@ -59,6 +61,23 @@ class Doorman:
         digest = _digest(key.strip())
         matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all, whichever it is
         return any(matches)
+
+
+def is_local(peer: str) -> bool:
+    """Tell whether a peer, an address and its port, is on this machine."""
+    host = peer.rpartition(":")[0].removeprefix("::ffff:")
+    return host == "::1" or host.startswith("127.")
+
+
+def local_regions(regions: SharedMemoryRegistry, peer: str) -> SharedMemoryRegistry:
+    """Return the regions, if the caller shares this machine's memory.
+
+    Raises:
+        NotAllowed: It does not.
+    """
+    if not is_local(peer):
+        raise NotAllowed("Shared memory is for clients on the server's own machine.", hint="Send the tensors.")
+    return regions
 
 
 def _digest(key: bytes) -> bytes:

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 
 from accelrt.errors import ModelNotFound, RequestError
 from accelrt.graph.types import Value
+from accelrt.protocol.datatypes import shown
 from accelrt.serve.http import loose
 from accelrt.serve.http.bodies import decompressed
 from accelrt.serve.http.inference import Inference
@@ -21,7 +22,6 @@ from accelrt.serve.http.web import checked, response, whole_body
 from accelrt.serve.http.wire import HEADER_LENGTH
 from accelrt.serve.interface import InferRequest, InferResponse, ServedModel, Service, TensorMetadata
 from accelrt.serve.settings import Limits, ServerSettings
-from accelrt.serve.tensors import shown
 
 _SEQUENCE = re.compile(r"seq_(\d{1,3})")
 _DIGITS = re.compile(r"(\d+)")

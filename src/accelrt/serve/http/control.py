@@ -9,7 +9,7 @@ server of this package lets requests for inference past it.
 import base64
 import binascii
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
@@ -19,18 +19,22 @@ from starlette.exceptions import HTTPException
 
 import accelrt
 from accelrt.errors import AccelrtError, ModelNotFound, RequestError
+from accelrt.protocol.datatypes import shown
+from accelrt.serve.extensions import extensions
 from accelrt.serve.http import classic, documents, schema
+from accelrt.serve.http.access import local_regions
 from accelrt.serve.http.bodies import decompressed
 from accelrt.serve.http.inference import Inference
 from accelrt.serve.http.loose import parse
 from accelrt.serve.http.replies import HttpError, Reply, failure, json_reply, reply_of
 from accelrt.serve.http.status_page import status_page
 from accelrt.serve.http.web import checked, response, whole_body
-from accelrt.serve.interface import Service
+from accelrt.serve.interface import Service, is_ready
 from accelrt.serve.settings import Limits, ServerSettings
-from accelrt.serve.tensors import shown
+from accelrt.serve.shared_memory import SharedMemoryRegistry
 
 Name = Annotated[str, PathParameter(description="The model's name.")]
+RegionName = Annotated[str, PathParameter(description="The name that a region was registered under.")]
 Version = Annotated[str, PathParameter(description="One of the model's versions.")]
 
 _NOT_HERE = (
@@ -41,7 +45,6 @@ _NOT_HERE = (
     "/v2/models/{name}/generate_stream",
     "/v2/models/{name}/versions/{version}/generate",
     "/v2/models/{name}/versions/{version}/generate_stream",
-    "/v2/systemsharedmemory/{rest:path}",
     "/v2/cudasharedmemory/{rest:path}",
 )
 
@@ -54,7 +57,7 @@ def control_app(
     Args:
         service: The models.
         settings: The server's; whether it speaks SageMaker's contract, and its limits.
-        inference: Answers the inference route.
+        inference: Answers the inference route; its shared memory is what the routes of that are for.
         draining: Whether the server is about to stop, and therefore not ready.
     """
     # Its pages of documentation would load scripts from elsewhere; /openapi.json is what they show.
@@ -62,11 +65,13 @@ def control_app(
         title="accelrt", version=accelrt.__version__, docs_url=None, redoc_url=None, description=schema.DESCRIPTION
     )
     _errors(app)
-    _health(app, service, draining)
+    advertised = extensions(shared_memory=inference.regions.enabled)
+    _health(app, service, draining, advertised)
     _models(app, service, draining)
     _inference(app, inference, settings.limits)
     _repository(app, service, settings.limits)
-    _others(app)
+    _shared_memory(app, inference.regions, settings.limits)
+    _others(app, advertised)
     classic.predictions(app, service, settings.limits)
     status_page(app, service, draining)
     if settings.sagemaker:
@@ -95,7 +100,7 @@ def _errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, handle_invalid)
 
 
-def _health(app: FastAPI, service: Service, draining: Callable[[], bool]) -> None:
+def _health(app: FastAPI, service: Service, draining: Callable[[], bool], advertised: Sequence[str]) -> None:
     def states() -> dict[str, bool]:
         live = service.live()
         return {"live": live, "ready": live and not draining() and service.ready()}
@@ -112,7 +117,7 @@ def _health(app: FastAPI, service: Service, draining: Callable[[], bool]) -> Non
 
     @app.get("/v2", tags=["health"], summary="The server and its extensions")
     async def server() -> Response:
-        return response(json_reply(documents.server_metadata()))
+        return response(json_reply(documents.server_metadata(advertised)))
 
 
 def _models(app: FastAPI, service: Service, draining: Callable[[], bool]) -> None:
@@ -125,13 +130,13 @@ def _models(app: FastAPI, service: Service, draining: Callable[[], bool]) -> Non
         return response(json_reply(dict(model.config)))
 
     async def ready(name: str, version: str = "") -> Response:
-        found = service.find(checked(name), version) is not None
+        found = is_ready(service, checked(name), version)
         if not found and not any(
             entry.name == name and (not version or entry.version == version) for entry in service.index()
         ):
             raise ModelNotFound(f"There is no model {_full(name, version)}.")
-        is_ready = found and not draining()
-        return response(json_reply({"name": name, "ready": is_ready}, 200 if is_ready else 400))
+        now = found and not draining()
+        return response(json_reply({"name": name, "ready": now}, 200 if now else 400))
 
     async def statistics(name: str = "", version: str = "") -> Response:
         return response(json_reply(documents.statistics(service.statistics(name and checked(name), version))))
@@ -159,7 +164,7 @@ def _inference(app: FastAPI, inference: Inference, limits: Limits) -> None:
     async def answer(request: Request, name: str, version: str) -> Response:
         body = await whole_body(request, limits)
         headers = {key.lower(): value for key, value in request.headers.raw}
-        reply = inference.answer(checked(name), version, headers, body, time.monotonic_ns())
+        reply = inference.answer(checked(name), version, headers, body, time.monotonic_ns(), _peer(request))
         return response(reply if isinstance(reply, Reply) else await reply)
 
     @app.post("/v2/models/{name}/infer", tags=["inference"], summary="Ask a model", openapi_extra=schema.INFERENCE)
@@ -209,10 +214,61 @@ def _repository(app: FastAPI, service: Service, limits: Limits) -> None:
         return response(json_reply({}))
 
 
-def _others(app: FastAPI) -> None:
+def _shared_memory(app: FastAPI, regions: SharedMemoryRegistry, limits: Limits) -> None:
+    """Routes of the extension ``system_shared_memory``."""
+
+    def reached(request: Request) -> SharedMemoryRegistry:
+        return local_regions(regions, _peer(request))
+
+    async def status(request: Request, region: str = "") -> Response:
+        return response(json_reply(documents.regions(reached(request).status(region).values())))
+
+    async def unregister(request: Request, region: str = "") -> Response:
+        reached(request).unregister(region)
+        return response(json_reply({}))
+
+    @app.get("/v2/systemsharedmemory/status", tags=["shared memory"], summary="All regions")
+    async def all_regions(request: Request) -> Response:
+        return await status(request)
+
+    @app.get("/v2/systemsharedmemory/region/{region}/status", tags=["shared memory"], summary="A region")
+    async def one_region(request: Request, region: RegionName) -> Response:
+        return await status(request, region)
+
+    @app.post(
+        "/v2/systemsharedmemory/region/{region}/register",
+        tags=["shared memory"],
+        summary="Register a region",
+        openapi_extra=schema.REGION,
+    )
+    async def register(request: Request, region: RegionName) -> Response:
+        open_ = reached(request)
+        given = await document(request, limits)
+        key, offset, size = given.get("key"), given.get("offset", 0), given.get("byte_size")
+        if not isinstance(key, str) or type(offset) is not int or type(size) is not int:
+            raise RequestError('A region needs a "key", a "byte_size" and, if it is not 0, an "offset".')
+        open_.register(region, key, offset, size)
+        return response(json_reply({}))
+
+    @app.post("/v2/systemsharedmemory/unregister", tags=["shared memory"], summary="Unregister all regions")
+    async def unregister_all(request: Request) -> Response:
+        return await unregister(request)
+
+    @app.post(
+        "/v2/systemsharedmemory/region/{region}/unregister", tags=["shared memory"], summary="Unregister a region"
+    )
+    async def unregister_one(request: Request, region: RegionName) -> Response:
+        return await unregister(request, region)
+
+
+def _peer(request: Request) -> str:
+    client = request.client
+    return "" if client is None else f"{client.host}:{client.port}"
+
+
+def _others(app: FastAPI, advertised: Sequence[str]) -> None:
     async def refuse(request: Request) -> Response:
-        extensions = ", ".join(documents.EXTENSIONS)
-        raise HttpError(501, f"This is of an extension that the server does not have; it has {extensions}.")
+        raise HttpError(501, f"This is of an extension that the server does not have; it has {', '.join(advertised)}.")
 
     for path in _NOT_HERE:
         app.add_api_route(path, refuse, methods=["GET", "POST"], include_in_schema=False)

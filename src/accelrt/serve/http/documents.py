@@ -7,22 +7,12 @@ from typing import Any
 
 import accelrt
 from accelrt.serve.interface import Duration, IndexEntry, ModelMetadata, ModelStatistics, TensorMetadata
-
-EXTENSIONS = (
-    "binary_tensor_data",
-    "model_configuration",
-    "model_repository",
-    "model_repository(unload_dependents)",
-    "parameters",
-    "schedule_policy",
-    "statistics",
-)
-"""Extensions of the protocol that this server has, by the names that Triton gave them."""
+from accelrt.serve.shared_memory import Region
 
 
-def server_metadata() -> dict[str, Any]:
+def server_metadata(extensions: Sequence[str]) -> dict[str, Any]:
     """Describe the server."""
-    return {"name": "accelrt", "version": accelrt.__version__, "extensions": list(EXTENSIONS)}
+    return {"name": "accelrt", "version": accelrt.__version__, "extensions": list(extensions)}
 
 
 def model_metadata(metadata: ModelMetadata) -> dict[str, Any]:
@@ -38,6 +28,11 @@ def model_metadata(metadata: ModelMetadata) -> dict[str, Any]:
 
 def _tensors(tensors: Iterable[TensorMetadata]) -> list[dict[str, Any]]:
     return [{"name": item.name, "datatype": item.datatype, "shape": list(item.shape)} for item in tensors]
+
+
+def regions(known: Iterable[Region]) -> list[dict[str, Any]]:
+    """Describe regions of shared memory."""
+    return [{"name": one.name, "key": one.key, "offset": one.offset, "byte_size": one.byte_size} for one in known]
 
 
 def index(entries: Iterable[IndexEntry]) -> list[dict[str, str]]:

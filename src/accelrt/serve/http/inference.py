@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping
+from functools import partial
 from typing import Any
 
+from accelrt.serve.http.access import local_regions
 from accelrt.serve.http.bodies import SMALLEST_COMPRESSED, accepted, compressed, decompressed
 from accelrt.serve.http.replies import ID_HEADER, Reply, reply_of
 from accelrt.serve.http.wire import HEADER_LENGTH, Wishes, header_length, read_raw_request, read_request, write_response
 from accelrt.serve.interface import InferRequest, ServedModel, Service
 from accelrt.serve.settings import Limits
+from accelrt.serve.shared_memory import SharedMemoryRegistry
 
 _LENGTH_HEADER = HEADER_LENGTH.encode()
 
 
 class Inference:
-    """Answers requests for inference, whichever server brings them."""
+    """Answers requests for inference, whichever server brings them.
 
-    def __init__(self, service: Service, limits: Limits) -> None:
+    Args:
+        service: The models.
+        limits: What is taken of a client.
+        regions: Shared memory; none may be used without it.
+    """
+
+    def __init__(self, service: Service, limits: Limits, regions: SharedMemoryRegistry | None = None) -> None:
         self._service = service
         self._limits = limits
+        self.regions = regions or SharedMemoryRegistry(enabled=False)
 
     def answer(
-        self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes | memoryview, arrived_ns: int
+        self,
+        name: str,
+        version: str,
+        headers: Mapping[bytes, bytes],
+        body: bytes | memoryview,
+        arrived_ns: int,
+        peer: str = "",
     ) -> Reply | Coroutine[Any, Any, Reply]:
         """Answer a request, at once or later. It never raises: errors are replies.
 
@@ -33,21 +49,22 @@ class Inference:
             headers: By name in lower case.
             body: All of it.
             arrived_ns: When its last byte came.
+            peer: The client's address and port; only those of this machine may name shared memory.
         """
         encoding = headers.get(b"content-encoding")
         wanted = headers.get(b"accept-encoding")
         if encoding is not None:
-            return self._decompress_first(name, version, headers, body, arrived_ns, encoding)
+            return self._decompress_first(name, version, headers, body, arrived_ns, peer, encoding)
         try:
             length = header_length(_text(headers.get(_LENGTH_HEADER)))
             if length == 0:
                 return self._raw(name, version, headers, body, arrived_ns)
-            request, wishes = read_request(body, length, self._limits, arrived_ns)
+            request, wishes = read_request(body, length, self._limits, arrived_ns, partial(self._reach, peer))
             model = self._service.find(name, version)
             response = None if model is None else model.infer_now(request)
             if response is None:
                 return self._wait(model, name, version, request, wishes, headers)
-            reply = write_response(response, wishes)
+            reply = write_response(response, wishes, self.regions)
         except Exception as error:  # noqa: BLE001 a request must not end the connection, whatever it meets
             return reply_of(error, headers.get(ID_HEADER))
         return reply if wanted is None else _compress(reply, wanted)
@@ -64,7 +81,7 @@ class Inference:
         try:
             if model is None:
                 model = await self._service.model(name, version)
-            reply = write_response(await model.infer(request), wishes)
+            reply = write_response(await model.infer(request), wishes, self.regions)
         except Exception as error:  # noqa: BLE001 as above
             return reply_of(error, headers.get(ID_HEADER))
         wanted = headers.get(b"accept-encoding")
@@ -87,6 +104,7 @@ class Inference:
         headers: Mapping[bytes, bytes],
         body: bytes | memoryview,
         arrived_ns: int,
+        peer: str,
         encoding: bytes,
     ) -> Reply:
         try:
@@ -95,7 +113,10 @@ class Inference:
         except Exception as error:  # noqa: BLE001 as above
             return reply_of(error)
         rest = {key: value for key, value in headers.items() if key != b"content-encoding"}
-        return await _settled(self.answer(name, version, rest, plain, arrived_ns))
+        return await _settled(self.answer(name, version, rest, plain, arrived_ns, peer))
+
+    def _reach(self, peer: str) -> SharedMemoryRegistry:
+        return local_regions(self.regions, peer)
 
 
 def _text(value: bytes | None) -> str | None:

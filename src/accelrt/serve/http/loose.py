@@ -15,11 +15,12 @@ import orjson
 
 from accelrt.errors import RequestError, RequestTooLarge, ServingError
 from accelrt.graph.types import Value
+from accelrt.protocol.datatypes import datatype_of, dtype_of, shown
 from accelrt.serve.http.bodies import guard_depth, quote_not_finite
 from accelrt.serve.http.replies import HttpError, Reply
 from accelrt.serve.interface import InferResponse, TensorMetadata
 from accelrt.serve.settings import Limits
-from accelrt.serve.tensors import BINARY_ONLY, datatype_of, dtype_of, from_json, shown, to_json
+from accelrt.serve.tensors import BINARY_ONLY, from_json, to_json
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelrt.serve.tensors import DTYPES
+from accelrt.protocol.datatypes import DTYPES
 
 DESCRIPTION = (
     "The Open Inference Protocol V2 with the extensions that `GET /v2` lists. Errors are objects with the one member "
@@ -83,6 +83,21 @@ LOAD: dict[str, Any] = {
                     )
                     | {"additionalProperties": {"type": "string", "description": "file:VERSION/NAME, base64"}}
                 }
+            )
+        )
+    }
+}
+
+REGION: dict[str, Any] = {
+    "requestBody": {
+        "content": _json(
+            _object(
+                {
+                    "key": {"type": "string", "description": "The file's name below the system's shared memory."},
+                    "offset": {"type": "integer", "minimum": 0},
+                    "byte_size": {"type": "integer", "minimum": 1},
+                },
+                ["key", "byte_size"],
             )
         )
     }

@@ -23,6 +23,7 @@ from accelrt.serve.http.replies import ID_HEADER, Reply, clean_id, reply_of
 from accelrt.serve.http.web import could_be_name
 from accelrt.serve.interface import Service
 from accelrt.serve.settings import Limits, ServerSettings, is_loopback, tls_context
+from accelrt.serve.shared_memory import SharedMemoryRegistry
 
 request_logger = logging.getLogger("accelrt.serve.requests")
 
@@ -36,14 +37,16 @@ _MOST_ROUTES, _LONGEST_ROUTE = 4096, 512
 class HttpServer:
     """A running server; made by `start`. It is the host of its connections."""
 
-    def __init__(self, service: Service, settings: ServerSettings) -> None:
+    def __init__(self, service: Service, settings: ServerSettings, regions: SharedMemoryRegistry | None = None) -> None:
+        if regions is None:
+            regions = SharedMemoryRegistry(enabled=settings.shared_memory, largest=settings.limits.body_bytes)
         self.limits: Limits = settings.limits
         self.draining = False
         self.connections: set[Connection] = set()
         self.date = ""
         self.on_reply: Callable[[Incoming, Reply], str] | None = self._ids_and_logs
         self._logs = settings.log_requests
-        self._inference = Inference(service, settings.limits)
+        self._inference = Inference(service, settings.limits, regions)
         self._control: AsgiApp = control_app(service, settings, self._inference, draining=lambda: self.draining)
         keyless = not settings.api_keys
         self._doorman = Doorman(settings.api_keys, local=keyless and is_loopback(settings.host))
@@ -114,7 +117,9 @@ class HttpServer:
         except KeyError:
             route = self._route(target)
         if route is not None and request.method == b"POST":
-            return self._inference.answer(route[0], route[1], request.headers, request.body, request.arrived_ns)
+            return self._inference.answer(
+                route[0], route[1], request.headers, request.body, request.arrived_ns, request.peer
+            )
         return through(self._control, request)
 
     def _route(self, target: bytes) -> tuple[str, str] | None:
@@ -202,8 +207,15 @@ def _harmless(name: bytes, version: bytes) -> tuple[str, str] | None:
     return plain if could_be_name(plain[0]) and (not version or could_be_name(plain[1])) else None
 
 
-async def start(service: Service, settings: ServerSettings) -> HttpServer:
+async def start(
+    service: Service, settings: ServerSettings, *, regions: SharedMemoryRegistry | None = None
+) -> HttpServer:
     """Start a server for a service, on the running event loop.
+
+    Args:
+        service: The models.
+        settings: How.
+        regions: Shared memory, if it is shared with another front end.
 
     Returns:
         The server, with its ``port`` and ``stop(grace_s)``.
@@ -212,6 +224,6 @@ async def start(service: Service, settings: ServerSettings) -> HttpServer:
         ServingError: The address cannot be had.
         OptionError: The TLS files cannot be used.
     """
-    server = HttpServer(service, settings)
+    server = HttpServer(service, settings, regions)
     await server.listen(settings)
     return server

@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from accelrt.errors import ModelNotFound, RequestTooLarge
+from accelrt.protocol.datatypes import shown
 from accelrt.serve.http.replies import Reply
 from accelrt.serve.settings import Limits
-from accelrt.serve.tensors import shown
 
 
 def response(reply: Reply) -> Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,25 +10,28 @@ import msgspec
 import numpy as np
 import orjson
 
-from accelrt.errors import RequestError, RequestTooLarge, ServingError
+from accelrt.errors import RequestError, RequestTooLarge
 from accelrt.graph.types import Value
+from accelrt.protocol.datatypes import datatype_of, dtype_of, from_raw, shown, to_raw
 from accelrt.serve.http.bodies import guard_depth, quote_not_finite
 from accelrt.serve.http.replies import BINARY, Reply
 from accelrt.serve.interface import InferRequest, InferResponse, ModelMetadata
 from accelrt.serve.settings import Limits
-from accelrt.serve.tensors import datatype_of, dtype_of, from_json, from_raw, shown, to_json, to_raw
+from accelrt.serve.shared_memory import SharedMemoryRegistry
+from accelrt.serve.tensors import from_json, to_json
 
 HEADER_LENGTH = "inference-header-content-length"
 JOINED_BYTES = 64 * 2**10
 """Raw tensors up to this size are copied behind the JSON, which is quicker than a second write."""
 
-_SHARED_MEMORY = "Shared memory is not among this server's extensions."
 _ABSENT = b""
 
 
 class _InputParameters(msgspec.Struct, gc=False):
     binary_data_size: int | None = None
     shared_memory_region: str | None = None
+    shared_memory_offset: int = 0
+    shared_memory_byte_size: int | None = None
 
 
 class _Input(msgspec.Struct, gc=False):
@@ -43,6 +46,8 @@ class _OutputParameters(msgspec.Struct, gc=False):
     binary_data: bool | None = None
     classification: int | None = None
     shared_memory_region: str | None = None
+    shared_memory_offset: int = 0
+    shared_memory_byte_size: int | None = None
 
 
 class _Output(msgspec.Struct, gc=False):
@@ -62,10 +67,21 @@ _DECODER = msgspec.json.Decoder(_Request)
 
 @dataclass(slots=True)
 class Wishes:
-    """How a client wants its outputs: raw or as JSON, those in ``exceptions`` the other way round."""
+    """How a client wants its outputs.
+
+    Attributes:
+        binary: Raw rather than as JSON.
+        exceptions: Outputs that are wanted the other way round.
+        placed: Outputs that go to shared memory: region, offset and bytes that there are for it.
+    """
 
     binary: bool = False
     exceptions: frozenset[str] = frozenset()
+    placed: Mapping[str, tuple[str, int, int]] | None = None
+
+
+Reach = Callable[[], SharedMemoryRegistry]
+"""Returns shared memory if the client may use it, and raises `NotAllowed` if not."""
 
 
 def header_length(value: str | None) -> int | None:
@@ -82,7 +98,11 @@ def header_length(value: str | None) -> int | None:
 
 
 def read_request(
-    body: bytes | memoryview, json_length: int | None, limits: Limits, arrived_ns: int = 0
+    body: bytes | memoryview,
+    json_length: int | None,
+    limits: Limits,
+    arrived_ns: int = 0,
+    reach: Reach | None = None,
 ) -> tuple[InferRequest, Wishes]:
     """Return the request that a body holds.
 
@@ -91,9 +111,11 @@ def read_request(
         json_length: Bytes of JSON at its beginning, None if it is nothing else.
         limits: What is taken.
         arrived_ns: When its last byte came.
+        reach: Asked for shared memory where tensors lie in it; None where there is none.
 
     Raises:
         RequestError: It is not what the protocol says.
+        NotAllowed: It names shared memory, and the client may not.
     """
     if json_length is not None and json_length > len(body):
         raise RequestError(
@@ -124,12 +146,35 @@ def read_request(
             at += size
         elif len(tensor.data):
             inputs[name] = from_json(name, tensor.datatype, tensor.shape, tensor.data)
+        elif parameters is not None and parameters.shared_memory_region is not None:
+            region, offset, size = _place(name, parameters)
+            inputs[name] = from_raw(name, tensor.datatype, tensor.shape, _reached(reach).read(region, offset, size))
         else:
-            shared = parameters is not None and parameters.shared_memory_region is not None
-            raise RequestError(_SHARED_MEMORY if shared else f"The input {shown(name)} has no data.")
+            raise RequestError(f"The input {shown(name)} has no data.")
     if at != len(body):
         raise RequestError(f"{len(body) - at} bytes are left over after the last input.")
-    return _request(asked, inputs, arrived_ns)
+    return _request(asked, inputs, arrived_ns, reach)
+
+
+def _place(name: str, parameters: _InputParameters | _OutputParameters) -> tuple[str, int, int]:
+    """Return region, offset and bytes of a tensor in shared memory."""
+    region, offset, size = (
+        parameters.shared_memory_region,
+        parameters.shared_memory_offset,
+        parameters.shared_memory_byte_size,
+    )
+    if region is None or size is None or offset < 0 or size < 0:
+        raise RequestError(
+            f"The tensor {shown(name)} in shared memory needs shared_memory_region, shared_memory_byte_size and, if it "
+            "is not 0, shared_memory_offset."
+        )
+    return region, offset, size
+
+
+def _reached(reach: Reach | None) -> SharedMemoryRegistry:
+    if reach is None:
+        raise RequestError("Shared memory is not among this server's extensions.")
+    return reach()
 
 
 def _parse(text: bytes, limits: Limits) -> _Request:
@@ -147,28 +192,34 @@ def _parse(text: bytes, limits: Limits) -> _Request:
     raise RequestError(f"The request is not what the protocol says: {reason}.")
 
 
-def _request(asked: _Request, inputs: dict[str, Value], arrived_ns: int) -> tuple[InferRequest, Wishes]:
+def _request(
+    asked: _Request, inputs: dict[str, Value], arrived_ns: int, reach: Reach | None
+) -> tuple[InferRequest, Wishes]:
     request = InferRequest(inputs, None, asked.id, arrived_ns=arrived_ns)
     binary = False
     if asked.parameters:
         binary = _take_parameters(request, dict(asked.parameters))
     if not asked.outputs:
         return request, _BINARY if binary else _PLAIN
-    names, exceptions = [], set()
+    names, exceptions, placed = [], set(), {}
     for output in asked.outputs:
         if output.name in names:
             raise RequestError(f"The output {shown(output.name)} is asked for twice.")
         names.append(output.name)
         if (parameters := output.parameters) is None:
             continue
-        if parameters.shared_memory_region is not None:
-            raise RequestError(_SHARED_MEMORY)
         if parameters.classification:
             raise RequestError("Classification is not among this server's extensions.")
+        if parameters.shared_memory_region is not None:
+            _reached(reach)
+            placed[output.name] = _place(output.name, parameters)
+            continue
         if parameters.binary_data is not None and parameters.binary_data is not binary:
             exceptions.add(output.name)
     request.outputs = names
-    return request, Wishes(binary, frozenset(exceptions)) if exceptions else _BINARY if binary else _PLAIN
+    if exceptions or placed:
+        return request, Wishes(binary, frozenset(exceptions), placed or None)
+    return request, _BINARY if binary else _PLAIN
 
 
 _PLAIN, _BINARY = Wishes(), Wishes(binary=True)
@@ -234,12 +285,17 @@ def read_raw_request(
     return InferRequest({port.name: array}, arrived_ns=arrived_ns), _BINARY
 
 
-def write_response(response: InferResponse, wishes: Wishes) -> Reply:
+def write_response(response: InferResponse, wishes: Wishes, regions: SharedMemoryRegistry | None = None) -> Reply:
     """Return the reply for an answer.
 
+    Args:
+        response: The answer.
+        wishes: How the client wants it.
+        regions: Shared memory, for outputs that go there.
+
     Raises:
-        RequestError: An output has no form in JSON, and was not asked for as binary data.
-        ServingError: An output is of a type that the protocol does not have.
+        RequestError: An output has no form in JSON, and was not asked for as binary data; or the protocol carries no
+            such thing.
     """
     outputs: list[dict[str, Any]] = []
     raw: list[bytes | memoryview] = []
@@ -247,7 +303,16 @@ def write_response(response: InferResponse, wishes: Wishes) -> Reply:
     for name, value in response.outputs.items():
         array = value if type(value) is np.ndarray else _array(name, value)
         entry: dict[str, Any] = {"name": name, "datatype": datatype_of(array), "shape": array.shape}
-        if wishes.binary is (name not in exceptions):
+        if wishes.placed is not None and regions is not None and (place := wishes.placed.get(name)) is not None:
+            region, offset, room = place
+            data = to_raw(array)
+            regions.write(region, offset, room, data)
+            entry["parameters"] = {
+                "shared_memory_region": region,
+                "shared_memory_offset": offset,
+                "shared_memory_byte_size": len(data),
+            }
+        elif wishes.binary is (name not in exceptions):
             data = to_raw(array)
             entry["parameters"] = {"binary_data_size": len(data)}
             raw.append(data)
@@ -273,7 +338,10 @@ def _array(name: str, value: Value) -> np.ndarray[Any, Any]:
     if isinstance(value, np.ndarray | np.generic):
         return np.asarray(value)
     kind = "an empty optional" if value is None else f"a {type(value).__name__}"
-    raise ServingError(f"The output {shown(name)} is {kind}; the protocol has tensors only.")
+    raise RequestError(
+        f"The output {shown(name)} is {kind}; the protocol has tensors only.",
+        hint="Name the other outputs.",
+    )
 
 
 def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from accelrt.errors import RequestError
+from accelrt.protocol.datatypes import DTYPES
 from accelrt.serve.models import text_format
 
 T = TypeVar("T")
@@ -21,24 +22,6 @@ MAX_INSTANCES = 1024
 MAX_PRIORITIES = 1024
 MAX_QUEUE = 1 << 20
 MAX_JSON = 1 << 20
-
-DATATYPES: Mapping[str, str] = {
-    "BOOL": "bool",
-    "UINT8": "uint8",
-    "UINT16": "uint16",
-    "UINT32": "uint32",
-    "UINT64": "uint64",
-    "INT8": "int8",
-    "INT16": "int16",
-    "INT32": "int32",
-    "INT64": "int64",
-    "FP16": "float16",
-    "FP32": "float32",
-    "FP64": "float64",
-    "BF16": "bfloat16",
-    "BYTES": "string",
-}
-"""The protocol's datatypes and accelrt's; in configurations BYTES is called STRING, and all begin with ``TYPE_``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,10 +305,11 @@ class _Fields:
         value = self._single(name)
         if value is None:
             return ""
+        # In configurations BYTES is called STRING, and all begin with TYPE_.
         known = str(value).removeprefix("TYPE_").replace("STRING", "BYTES")
-        if not isinstance(value, str) or known not in DATATYPES:
-            raise self._wrong(name, value, f"one of {', '.join('TYPE_' + each for each in DATATYPES)}")
-        return DATATYPES[known]
+        if not isinstance(value, str) or known not in DTYPES:
+            raise self._wrong(name, value, f"one of {', '.join('TYPE_' + each for each in DTYPES)}")
+        return DTYPES[known]
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._single(name)

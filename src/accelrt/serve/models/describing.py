@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelrt.graph.types import Port, TensorType
+from accelrt.protocol.datatypes import DATATYPES
 from accelrt.serve.interface import ModelMetadata, TensorMetadata
 from accelrt.serve.models.config import DynamicBatching, ModelConfig, QueuePolicy
-from accelrt.serve.models.loading import PROTOCOL_DATATYPES, Facts, most_rows
+from accelrt.serve.models.loading import Facts, most_rows
 from accelrt.serve.models.scheduler import SchedulerPolicy
 from accelrt.serve.models.settings import DEFAULT_MAX_QUEUE, ModelSettings
 
@@ -56,7 +57,7 @@ def _tensor(port: Port) -> TensorMetadata:
 
 def datatype_of(dtype: str) -> str:
     """Return the protocol's datatype; a type that it lacks is named in capitals."""
-    return PROTOCOL_DATATYPES.get(dtype, dtype.upper())
+    return DATATYPES.get(dtype, dtype.upper())
 
 
 def config_of(
@@ -107,7 +108,7 @@ def config_of(
         "default_model_filename": given.default_model_filename,
         "parameters": {key: {"string_value": value} for key, value in {**given.parameters, **notes}.items()},
     }
-    if policy.max_rows > 1:
+    if policy.max_rows > 1 or given.batching is not None:
         told["dynamic_batching"] = {
             "preferred_batch_size": list(policy.preferred),
             "max_queue_delay_microseconds": round(policy.delay_s * 1e6),

@@ -21,14 +21,15 @@ from accelrt.errors import (
     UntrustedProgram,
 )
 from accelrt.graph.types import Port, Signature, TensorType, Value, numpy_dtype
+from accelrt.runtime.inputs import Binder
 from accelrt.runtime.runner import Outputs
-from accelrt.serve.models.config import DATATYPES, ModelConfig, TensorConfig
+from accelrt.serve.models.config import ModelConfig, TensorConfig
 from accelrt.serve.models.settings import DEFAULT_MAX_BATCH, ModelSettings
 
 if TYPE_CHECKING:
     from accelrt.artifact.artifact import Artifact
 
-PROTOCOL_DATATYPES: Mapping[str, str] = {dtype: name for name, dtype in DATATYPES.items()}
+_COMPILING = ("backend", "precision", "options", "batch_sizes")
 _UPLOADABLE = (".onnx", ".accel")
 
 
@@ -76,6 +77,15 @@ class Facts:
     placement: Mapping[str, int] = field(default_factory=dict)
 
 
+def defaults_for(path: Path, defaults: ModelSettings) -> ModelSettings:
+    """Return the server's settings as far as they can be meant for a file: an artifact is compiled already."""
+    from accelrt.artifact.artifact import is_artifact
+
+    if not is_artifact(path):
+        return defaults
+    return replace(defaults, backend=None, precision=None, options=None, batch_sizes=None)
+
+
 def compiled(path: Path, settings: ModelSettings, *, trust: bool, uploaded: bool = False) -> Artifact:
     """Open an artifact, or compile a model through the cache.
 
@@ -87,7 +97,7 @@ def compiled(path: Path, settings: ModelSettings, *, trust: bool, uploaded: bool
     from accelrt.artifact.artifact import is_artifact, open_artifact
 
     if is_artifact(path):
-        for name in ("backend", "precision", "options", "batch_sizes"):
+        for name in _COMPILING:
             if getattr(settings, name) is not None:
                 raise OptionError(f"The setting {name!r} is for compiling, and {path.name} is compiled already.")
         return open_artifact(path, trust=trust)
@@ -250,6 +260,8 @@ class Reshapes:
 def hold_against(config: ModelConfig | None, signature: Signature) -> tuple[Signature, Reshapes]:
     """Check a configuration against the model; return the signature as clients see it, and what is reshaped.
 
+    Where the model leaves a size open and the configuration names one, clients see the configuration's.
+
     Raises:
         RequestError: It names another tensor, type or shape than the model has.
     """
@@ -298,6 +310,9 @@ def _seen(
                 raise RequestError(
                     f"The configuration says that {side} {tensor.name!r} is of shape {list(full)}; it is {type_}."
                 )
+            if any(want != -1 and want != have for want, have in zip(full, type_.shape, strict=True)):
+                narrowed = (have if want == -1 else want for want, have in zip(full, type_.shape, strict=True))
+                changed[port.name] = Port(port.name, TensorType(type_.dtype, tuple(narrowed)))
         if tensor.reshape is not None:
             outer = tuple(None if dim == -1 else dim for dim in tensor.dims)
             changed[port.name] = Port(
@@ -308,6 +323,38 @@ def _seen(
             if reshapes[port.name].count(-1) > 1:
                 raise RequestError(f"The reshape of {side} {tensor.name!r} leaves more than one size open.")
     return tuple(changed.get(port.name, port) for port in ports), reshapes
+
+
+def admission(
+    config: ModelConfig | None, seen: Signature, own: Signature
+) -> Callable[[Mapping[str, Value]], None] | None:
+    """Return what refuses inputs that the model takes and its configuration does not; None if there are no such.
+
+    Args:
+        config: Triton's; its ``max_batch_size`` is the most rows of one request, as it is there.
+        seen: The signature as clients see it.
+        own: The model's.
+    """
+    most = config.max_batch_size if config is not None else None
+    narrower = seen.inputs != own.inputs
+    if not narrower and not most:
+        return None
+    bind = Binder(seen).bind if narrower else None
+    names = seen.input_names
+
+    def check(inputs: Mapping[str, Value]) -> None:
+        if bind is not None:
+            bind((inputs,))
+        if most:
+            for name in names:
+                shape = getattr(inputs.get(name), "shape", ())
+                if shape and shape[0] > most:
+                    raise InputError(
+                        f"Input {name!r} has {shape[0]} rows; the model's max_batch_size is {most}.",
+                        hint="Send the rows in several requests.",
+                    )
+
+    return check
 
 
 def reshaping(

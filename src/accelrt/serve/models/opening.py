@@ -16,6 +16,7 @@ from accelrt.serve.models.describing import config_of, metadata_of, policy_of
 from accelrt.serve.models.loading import (
     Facts,
     Predictor,
+    admission,
     compiled,
     facts_with,
     hold_against,
@@ -108,7 +109,10 @@ def open_version(
         if note:
             logger.warning("Model %s version %s: %s.", name, version, note)
         told = config_of(metadata, facts, config, policy, settings, notes)
-        live = LiveModel(name, version, predictor, predict, facts, metadata, told, policy, statistics, gate, again)
+        check = admission(config, signature, artifact.signature)
+        live = LiveModel(
+            name, version, predictor, predict, facts, metadata, told, policy, statistics, gate, again, check
+        )
     except BaseException:
         predictor.close()
         raise

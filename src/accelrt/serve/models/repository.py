@@ -6,7 +6,7 @@ Four layouts are read, side by side in one folder::
     classifier/saved_model.pb            a SavedModel: one version, 1
     classifier/1/model.onnx              Triton's layout: a folder for each version
     classifier/config.pbtxt              Triton's configuration, in any folder of a model
-    classifier/accelrt.json              accelrt's own settings; of a file, beside it: classifier.json
+    classifier/accelrt.json              accelrt's own settings; of a file, beside it: classifier.accelrt.json
 
 A repository may also be one model: a file, or a SavedModel folder. A name, a link that leads out of the repository and
 whatever else is refused is listed with its reason, so that it shows in the index instead of vanishing.
@@ -181,7 +181,7 @@ def _read(root: Path, name: str, paths: Sequence[Path]) -> RepositoryModel:
             _inside(each, root)
         stamp = _stamp(path)
         if not path.is_dir():
-            own = path.with_name(path.stem + ".json")
+            own = path.with_name(f"{path.stem}.{SETTINGS_FILE}")  # a plain .json may be anybody's
             settings = ModelSettings()
             if own.is_file():
                 _inside(own, root)

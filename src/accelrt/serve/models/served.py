@@ -69,6 +69,7 @@ class LiveModel:
 
     Args:
         again: Finds the model anew, by name and version.
+        check: Refuses inputs that the model would take and its configuration does not allow; None if there are none.
     """
 
     __slots__ = (
@@ -76,6 +77,7 @@ class LiveModel:
         "_again",
         "_asked",
         "_binder",
+        "_check",
         "_direct",
         "_gate",
         "_open_sizes",
@@ -106,11 +108,13 @@ class LiveModel:
         statistics: VersionStatistics,
         gate: DirectGate,
         again: Callable[[str, str], Awaitable[ServedModel]],
+        check: Callable[[Mapping[str, Value]], None] | None = None,
     ) -> None:
         self.name, self.version = name, version
         self.signature: Signature = facts.signature
         self.metadata, self.config, self.facts = metadata, config, facts
         self._predictor, self._predict, self._gate, self._again = predictor, predict, gate, again
+        self._check = check
         self._statistics, self._direct = statistics, statistics.direct
         self._binder = Binder(facts.signature)
         self._asked = frozenset(facts.signature.output_names)
@@ -142,6 +146,8 @@ class LiveModel:
             self._check_outputs(asked)
         start = time.monotonic_ns()
         try:
+            if self._check is not None:
+                self._check(inputs)
             outputs = self._predict(inputs)
         except SessionClosed:
             return None  # it was unloaded just now: the long way finds what has taken its place
@@ -170,6 +176,8 @@ class LiveModel:
             self._check_outputs(asked)
         try:
             feeds = self._binder.bind((request.inputs,))
+            if self._check is not None:
+                self._check(feeds)
         except AccelrtError:
             self._statistics.failed(0)
             raise

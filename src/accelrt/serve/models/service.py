@@ -17,7 +17,7 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeAlias, TypeVar
 
 from accelrt.errors import (
     AccelrtError,
@@ -29,6 +29,7 @@ from accelrt.errors import (
 )
 from accelrt.serve.interface import IndexEntry, ModelSnapshot, ModelState, ModelStatistics, ServedModel
 from accelrt.serve.models import config as configs
+from accelrt.serve.models.loading import defaults_for
 from accelrt.serve.models.opening import Opened, open_version
 from accelrt.serve.models.records import Entry, Plan, Slot
 from accelrt.serve.models.repository import Repository, RepositoryModel, check_name, choose_versions, model_file
@@ -41,6 +42,9 @@ from accelrt.serve.models.uploads import UploadedFiles, Uploads
 logger = logging.getLogger("accelrt")
 
 T = TypeVar("T")
+
+_Before: TypeAlias = tuple[bool, bool, RepositoryModel | None, str, frozenset[str]]
+"""Of an `Entry`: wanted, uploaded, found, problem, and which versions there were."""
 
 NOT_RESIDENT = "not in memory; the next request loads it"
 EVICTED_DRAIN_S = 0.5
@@ -361,7 +365,7 @@ class ModelService:
                 full = isinstance(error, ModelUnavailable)  # no room is no fault of the model
                 slot.failures += not full
                 slot.retry_at = time.monotonic() + (0.0 if full else pause)
-                slot.state, slot.reason = "UNAVAILABLE", str(error)
+                slot.state, slot.reason = "UNAVAILABLE", self._without_paths(str(error))
         finally:
             with self._lock:
                 if slot.loading is future:
@@ -384,7 +388,7 @@ class ModelService:
                     entry.joint = None
                 if entry.found is None and not entry.slots and isinstance(error, ModelNotFound):
                     self._entries.pop(entry.name, None)
-            joint.set_exception(_asked_in_vain(entry.name, error))
+            joint.set_exception(self._asked_in_vain(entry.name, error))
         else:
             joint.set_result(None)
 
@@ -416,10 +420,11 @@ class ModelService:
             with entry.serial:
                 self._load_as(entry, found, uploads)
         except AccelrtError as error:
-            raise _asked_in_vain(name, error) from error
+            raise self._asked_in_vain(name, error) from error
         finally:
             with self._lock:
                 entry.pending -= 1
+                self._drop_if_empty(entry)
 
     def _with_versions(self, found: RepositoryModel, override: configs.ModelConfig) -> RepositoryModel:
         """Choose versions anew, since the configuration that came with the request may serve others."""
@@ -427,10 +432,44 @@ class ModelService:
         return replace(found, versions=paths)
 
     def _load_as(self, entry: Entry, found: RepositoryModel, uploads: UploadedFiles | None) -> None:
-        entry.wanted, entry.uploaded = True, uploads is not None
+        """Load what a client asked for. What cannot be loaded changes nothing but the reason that the index gives.
+
+        Raises:
+            AccelrtError: A version could not be loaded.
+        """
+        with self._lock:
+            before = (entry.wanted, entry.uploaded, entry.found, entry.problem, frozenset(entry.slots))
+            entry.wanted, entry.uploaded = True, uploads is not None
         failures = self._apply(entry, found, uploads=uploads, again=True, evict=True, wait_s=self.settings.load_wait_s)
         if failures:
+            with self._lock:
+                self._take_back(entry, before, brought=uploads is not None)
             raise failures[0]
+
+    def _take_back(self, entry: Entry, before: _Before, *, brought: bool) -> None:
+        """Leave a model as it was before a load that failed. Under the lock.
+
+        Otherwise one client's mistake would make the server say that it is not ready, for good.
+
+        Args:
+            brought: The files came with the request; then the index does not tell of what they failed to be.
+        """
+        wanted, uploaded, found, problem, versions = before
+        live = [slot for slot in entry.slots.values() if slot.live is not None]
+        entry.wanted = wanted or bool(live)
+        entry.uploaded = any(slot.plan.uploads is not None for slot in live) if live else uploaded
+        entry.found = found
+        # A model that answers has no problem; that of one which does not is shown until it is loaded.
+        entry.problem = problem if live or brought else entry.problem or problem
+        if brought or live:
+            for version in [each for each, slot in entry.slots.items() if each not in versions and slot.live is None]:
+                del entry.slots[version]
+
+    def _drop_if_empty(self, entry: Entry) -> None:
+        """Forget a model of which nothing is left and which no repository holds. Under the lock."""
+        idle = not entry.slots and not entry.pending and entry.joint is None and not entry.wanted
+        if idle and entry.found is None and self._entries.get(entry.name) is entry:
+            del self._entries[entry.name]
 
     def _apply(
         self,
@@ -453,12 +492,12 @@ class ModelService:
             entry.found, entry.problem = found, found.problem or ""
         if found.problem is not None:
             return [RequestError(f"{found.problem}.")]
-        settings = merged(found.settings, self.settings.defaults)
         failures: list[AccelrtError] = []
         for version in sorted(found.versions, key=int):
             path = found.versions[version]
             own = path.parent if path.parent.name == version else path
             stamp = tuple(row for row in found.stamp if row[0] == str(own) or row[0].startswith(f"{own}/"))
+            settings = merged(found.settings, defaults_for(path, self.settings.defaults))
             plan = Plan(path, stamp, found.config, settings, uploads)
             with self._lock:
                 slot = entry.slots.get(version)
@@ -482,9 +521,11 @@ class ModelService:
                     slot.loading = None
                 _finish(future)
         with self._lock:
-            gone = [version for version in entry.slots if version not in found.versions]
-            for version in gone:
-                self._retire(entry.slots.pop(version), self.settings.drain_s)
+            for version in [each for each in entry.slots if each not in found.versions]:
+                # While a new version cannot be loaded, the one that it was to replace goes on answering.
+                slot = entry.slots[version]
+                if not failures or (slot.live is None and not slot.on_demand):
+                    self._retire(entry.slots.pop(version), self.settings.drain_s)
         return failures
 
     def _not_now(
@@ -502,11 +543,12 @@ class ModelService:
 
     def _failed(self, slot: Slot, error: AccelrtError) -> None:
         logger.warning("Model %s version %s was not loaded: %s", slot.name, slot.version, error)
+        reason = self._without_paths(str(error))
         with self._lock:
             if slot.live is not None:
-                slot.reason = f"the last load failed, and the version before it answers: {error}"
+                slot.reason = f"the last load failed, and the version before it answers: {reason}"
             else:
-                slot.state, slot.reason = "UNAVAILABLE", str(error)
+                slot.state, slot.reason = "UNAVAILABLE", reason
 
     def _bring_up(self, slot: Slot, plan: Plan, *, evict: bool, wait_s: float, fresh: bool = False) -> None:
         """Load a version, warm it up, and have it answer in the place of what did so far."""
@@ -702,6 +744,20 @@ class ModelService:
 
     # Errors
 
+    def _asked_in_vain(self, name: str, error: BaseException) -> BaseException:
+        """Return what a client is told whose load failed."""
+        if not isinstance(error, AccelrtError) or isinstance(error, ModelNotFound | RequestError | ModelUnavailable):
+            return error
+        told = RequestError(f"Model {name!r} cannot be loaded: {self._without_paths(error.message)}", hint=error.hint)
+        told.__cause__ = error
+        return told
+
+    def _without_paths(self, text: str) -> str:
+        """Return a reason as clients may read it: where on this machine the models lie is left out."""
+        for folder in (*self._uploads.folders(), *self.settings.repository):
+            text = text.replace(f"{folder}/", "")
+        return text
+
     def _explicit(self, verb: str) -> None:
         if self.settings.control != "explicit":
             raise NotAllowed(
@@ -758,15 +814,6 @@ def _parameters(
                 hint="It takes config, as text, and file:<version>/<name>, as bytes.",
             )
     return override, files
-
-
-def _asked_in_vain(name: str, error: BaseException) -> BaseException:
-    """Return what a client is told whose load failed."""
-    if not isinstance(error, AccelrtError) or isinstance(error, ModelNotFound | RequestError | ModelUnavailable):
-        return error
-    told = RequestError(f"Model {name!r} cannot be loaded: {error.message}", hint=error.hint)
-    told.__cause__ = error
-    return told
 
 
 def _later(message: str, seconds: float) -> ModelUnavailable:

@@ -67,6 +67,12 @@ class Uploads:
                 stored.hardlink_to(target)
         return kept
 
+    def folders(self) -> tuple[Path, ...]:
+        """Return the folders of the models that are kept, and the one that they are in."""
+        if self._folder is None:
+            return ()
+        return (*self._folder.glob("model-*"), self._folder)
+
     def close(self) -> None:
         """Remove everything."""
         if self._folder is not None:
