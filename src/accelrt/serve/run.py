@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, cast
 
 from accelrt.errors import ServingError
-from accelrt.serve.interface import Service
+from accelrt.serve.interface import Lending, Service
 from accelrt.serve.settings import ServerSettings
 
 logger = logging.getLogger("accelrt.serve")
@@ -58,16 +58,21 @@ async def _start_grpc(service: Service, settings: ServerSettings) -> FrontEnd:
     for needed in ("grpc", "google.protobuf"):  # so that what is missing is named, whatever the front end makes of it
         importlib.import_module(needed)
     module, tls = importlib.import_module("accelrt.serve.grpc"), settings.tls
+    lending, longest = settings.lending, settings.limits.body_bytes
+    if lending is not None:  # what fits a slice can be sent to it
+        longest = max(longest, lending.size.memory_bytes + _BESIDE_A_PROGRAM)
     own = module.GrpcSettings(
         host=settings.host,
         port=settings.grpc_port,
-        max_message_bytes=min(settings.limits.body_bytes, _LARGEST_MESSAGE),
+        max_message_bytes=min(longest, _LARGEST_MESSAGE),
+        shared_memory=lending is None,
         certificate=None if tls is None else tls.certificate,
         private_key=None if tls is None else tls.key,
         client_ca=None if tls is None else tls.client_ca,
         api_keys=settings.api_keys,
     )
-    return cast("FrontEnd", await module.start(service, own))
+    lender = cast("Lending", service) if lending is not None else None
+    return cast("FrontEnd", await module.start(service, own, lender=lender))
 
 
 async def _start_metrics(service: Service, settings: ServerSettings) -> FrontEnd:
@@ -78,6 +83,7 @@ async def _start_metrics(service: Service, settings: ServerSettings) -> FrontEnd
 # HTTP is first: it says whether the server lives while models are loaded.
 _STARTERS: Mapping[str, Starter] = {"http": _start_http, "grpc": _start_grpc, "metrics": _start_metrics}
 _LARGEST_MESSAGE = 2**31 - 1  # of gRPC
+_BESIDE_A_PROGRAM = 1 << 16  # bytes of a message that loads it
 
 Announce = Callable[[Mapping[str, int]], None]
 
@@ -109,6 +115,10 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def _model_service(settings: ServerSettings) -> RunningService:
+    if settings.lending is not None:
+        from accelrt.serve.lending.lender import Lender
+
+        return Lender(settings.lending, trust=settings.trust, drain_s=settings.drain_s)
     from accelrt.serve.models.service import ModelService
     from accelrt.serve.models.settings import ModelSettings, ServiceSettings
 

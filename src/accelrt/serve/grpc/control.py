@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from google.protobuf import json_format
 
 from accelrt.errors import NotAllowed, RequestError
+from accelrt.protocol.leases import PRECISION_EXTENSION
 from accelrt.protocol.messages import METHODS, message
 from accelrt.serve.grpc.access import is_local
 from accelrt.serve.interface import Duration, Service
 from accelrt.serve.shared_memory import SharedMemoryRegistry
 
+SHARED_MEMORY = "system_shared_memory"
 EXTENSIONS = (
     "schedule_policy",
     "model_repository",
     "model_repository(unload_dependents)",
     "model_configuration",
     "statistics",
-    "system_shared_memory",
+    SHARED_MEMORY,
     "parameters",
+    PRECISION_EXTENSION,
 )
 """What is served beyond the protocol itself, in Triton's words."""
 
@@ -46,8 +49,10 @@ def server_version() -> str:
 class Control:
     """Answers everything but inference. Each method takes a request's message and the caller's peer."""
 
-    def __init__(self, service: Service, regions: SharedMemoryRegistry) -> None:
-        self._service, self._regions = service, regions
+    def __init__(
+        self, service: Service, regions: SharedMemoryRegistry, extensions: Sequence[str] = EXTENSIONS
+    ) -> None:
+        self._service, self._regions, self._extensions = service, regions, extensions
 
     def methods(self) -> Mapping[str, Callable[[Any, str], Any]]:
         """Return what answers each method, by its name in the protocol."""
@@ -77,7 +82,7 @@ class Control:
         return _reply("ModelReady", ready=self._service.find(request.name, request.version) is not None)
 
     async def server_metadata(self, request: Any, peer: str) -> Any:
-        return _reply("ServerMetadata", name="accelrt", version=server_version(), extensions=EXTENSIONS)
+        return _reply("ServerMetadata", name="accelrt", version=server_version(), extensions=self._extensions)
 
     async def model_metadata(self, request: Any, peer: str) -> Any:
         found = (await self._service.model(request.name, request.version)).metadata

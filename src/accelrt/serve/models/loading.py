@@ -64,6 +64,7 @@ class Facts:
         rows_proved: Whether calls may share a run.
         rows_reason: Why, or why not.
         placement: How many nodes run on each engine.
+        program_bytes: The files that its programs are loaded from.
     """
 
     signature: Signature
@@ -74,6 +75,7 @@ class Facts:
     rows_proved: bool = False
     rows_reason: str = ""
     placement: Mapping[str, int] = field(default_factory=dict)
+    program_bytes: int = 0
 
 
 def compiled(path: Path, settings: ModelSettings, *, trust: bool, uploaded: bool = False) -> Artifact:
@@ -339,9 +341,11 @@ def _reshaped(values: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]]
     return changed
 
 
-def facts_with(facts: Facts, signature: Signature, proved: tuple[bool, str]) -> Facts:
-    """Return facts with the signature that clients see, and what is known of its rows."""
-    return replace(facts, signature=signature, rows_proved=proved[0], rows_reason=proved[1])
+def facts_with(facts: Facts, signature: Signature, proved: tuple[bool, str], program_bytes: int) -> Facts:
+    """Return facts with the signature that clients see, what is known of its rows, and the bytes of its files."""
+    return replace(
+        facts, signature=signature, rows_proved=proved[0], rows_reason=proved[1], program_bytes=program_bytes
+    )
 
 
 # Warm-up

@@ -35,6 +35,7 @@ from accelrt.serve.models.repository import Repository, RepositoryModel, check_n
 from accelrt.serve.models.residency import Residency, Resident
 from accelrt.serve.models.served import LiveModel
 from accelrt.serve.models.settings import DEFAULT_MAX_QUEUE, ServiceSettings, merged
+from accelrt.serve.models.wishes import with_wishes
 from accelrt.serve.models.statistics import VersionStatistics
 from accelrt.serve.models.uploads import UploadedFiles, Uploads
 
@@ -300,6 +301,7 @@ class ModelService:
                     p99_ms=latency.p99_ms,
                     waiting=slot.waiters + (0 if live is None else live.queue.waiting),
                     resident_bytes=0 if facts is None else facts.resident_bytes,
+                    program_bytes=0 if facts is None else facts.program_bytes,
                     placement={} if facts is None else facts.placement,
                     batching="" if facts is None else facts.rows_reason,
                     pinned=slot.plan.settings.pinned,
@@ -453,7 +455,7 @@ class ModelService:
             entry.found, entry.problem = found, found.problem or ""
         if found.problem is not None:
             return [RequestError(f"{found.problem}.")]
-        settings = merged(found.settings, self.settings.defaults)
+        settings = with_wishes(merged(found.settings, self.settings.defaults), found.config)
         failures: list[AccelrtError] = []
         for version in sorted(found.versions, key=int):
             path = found.versions[version]
