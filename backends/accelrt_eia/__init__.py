@@ -6,8 +6,9 @@ accelerators are driven through its packages, where somebody still has both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from accelrt.backend import Backend, Device, Engine
 from accelrt_eia.accelerators import Accelerators
@@ -24,7 +25,7 @@ class EiaBackend(Backend):
 
     def __init__(self) -> None:
         accelerators = Accelerators()
-        self._remote = RemoteEngine(accelerators)
+        self._accelerators, self._remote = accelerators, RemoteEngine(accelerators)
         self.engines: tuple[Engine, ...] = (
             self._remote,
             ServedEngine(accelerators),
@@ -34,3 +35,31 @@ class EiaBackend(Backend):
 
     def devices(self) -> Sequence[Device]:
         return self._remote.endpoints()
+
+    def occupants(self) -> Mapping[int, Sequence[str]]:
+        """Return who holds the slices of each server that lends any, this process included where it does."""
+        return {
+            one["ordinal"]: [
+                f"lease {holder['id']}, {holder['programs']} programs of {holder['held_bytes']} bytes"
+                for holder in one["holders"]
+            ]
+            for one in self.report()["accelerators"]
+            if one.get("holders")
+        }
+
+    def report(self) -> Mapping[str, Any]:
+        """Return each endpoint as it is now: its health and, if it lends slices, type, memory and holders."""
+        if not self._remote.status().usable:
+            return {"accelerators": []}
+        told = []
+        for index, (address, health) in enumerate(self._accelerators.states(os.environ, fresh=True)):
+            known = {
+                "ordinal": index,
+                "address": address.endpoint,
+                "health": health.problem or "ready",
+                "server": health.server,
+            }
+            if health.slice is not None:
+                known |= {**health.slice.to_json(), "free_bytes": health.slice.free_bytes}
+            told.append(known)
+        return {"accelerators": told}

@@ -67,6 +67,26 @@ def content_name(model: bytes, precision: str | None = None) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """So many nodes of a program that a server runs on one of its engines in one precision."""
+
+    engine: str
+    precision: str
+    nodes: int
+
+    def __str__(self) -> str:
+        return f"{self.nodes} node{'s' * (self.nodes != 1)} by {self.engine} in {self.precision}"
+
+
+def placement_of(parameters: Mapping[str, str]) -> tuple[Placed, ...]:
+    """Read `PLACEMENT` of a model's configuration; empty if the server does not tell."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        told = json.loads(parameters[PLACEMENT])
+        return tuple(Placed(str(one["engine"]), str(one["precision"]), int(one["nodes"])) for one in told)
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
 class Holder:
     """Who holds a slice, by a name that opens nothing: how many programs, and the bytes that count for it."""
 

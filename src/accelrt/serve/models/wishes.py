@@ -42,7 +42,7 @@ def placement_note(artifact: Artifact) -> Mapping[str, str]:
         segments = artifact.placement.segments
     except AccelrtError:
         return {}
-    counts = Counter({})
+    counts: Counter[tuple[str, str]] = Counter()
     for segment in segments:
         counts[segment.engine, segment.precision] += len(segment.nodes)
     told = [{"engine": engine, "precision": precision, "nodes": count} for (engine, precision), count in counts.items()]
