@@ -26,6 +26,7 @@ from accelrt.errors import (
     AccelrtError,
     CoresUnavailable,
     ModelNotFound,
+    ModelUnavailable,
     NotAllowed,
     OptionError,
     OutOfDeviceMemory,
@@ -159,8 +160,10 @@ class Lender:
         if self._reaper is not None:
             self._reaper.cancel()
             await asyncio.gather(self._reaper, return_exceptions=True)
-        await self.service.close()
+        for task in self._tasks:
+            task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.service.close()
         self._folder.cleanup()
 
     async def __aenter__(self) -> Self:
@@ -313,7 +316,12 @@ class Lender:
         task = asyncio.create_task(self._load(lease, member, name, model, precision, need))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                raise
+            raise ModelUnavailable("The server is shutting down.") from None
 
     async def _load(
         self, lease: Lease, member: str, name: str, model: bytes, precision: str | None, reserved: int
@@ -391,13 +399,16 @@ class Lender:
         """End leases that nobody has used for their time."""
         while True:
             await asyncio.sleep(min(1.0, self.settings.lease_s / 4))
-            now = time.monotonic()
-            for lease in list(self.leases.values()):
-                if not lease.busy and not lease.loads and now - lease.used > self._lasts(lease):
-                    try:
-                        await self.end(lease, "not used")
-                    except AccelrtError as error:
-                        logger.error("a lease could not be ended in order", extra={"reason": str(error)})
+            await self.expire(time.monotonic())
+
+    async def expire(self, now: float) -> None:
+        """End the leases whose time is over at ``now``, of `time.monotonic`."""
+        for lease in list(self.leases.values()):
+            if not lease.busy and not lease.loads and now - lease.used > self._lasts(lease):
+                try:
+                    await self.end(lease, "not used")
+                except AccelrtError as error:
+                    logger.error("a lease could not be ended in order", extra={"reason": str(error)})
 
     def _lasts(self, lease: Lease) -> float:
         return self.settings.lease_s if lease.held else min(UNUSED_S, self.settings.lease_s)
