@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from accelrt.backend import Backend, Device, Engine
-from accelrt_eia.accelerators import Accelerators
+from accelrt_eia.accelerators import PROBE_TIMEOUT_S, Accelerators, ask_slice
 from accelrt_eia.predictor import PredictorEngine
 from accelrt_eia.remote import RemoteEngine
 from accelrt_eia.served import ServedEngine
@@ -52,7 +52,7 @@ class EiaBackend(Backend):
         if not self._remote.status().usable:
             return {"accelerators": []}
         told = []
-        for index, (address, health) in enumerate(self._accelerators.states(os.environ, fresh=True)):
+        for index, (address, health) in enumerate(self._accelerators.states(os.environ)):
             known = {
                 "ordinal": index,
                 "address": address.endpoint,
@@ -60,6 +60,7 @@ class EiaBackend(Backend):
                 "server": health.server,
             }
             if health.slice is not None:
-                known |= {**health.slice.to_json(), "free_bytes": health.slice.free_bytes}
+                now = ask_slice(self._accelerators.endpoint(address), PROBE_TIMEOUT_S) or health.slice
+                known |= {**now.to_json(), "free_bytes": now.free_bytes}
             told.append(known)
         return {"accelerators": told}

@@ -121,13 +121,13 @@ class Accelerators:
             for index, (address, health) in enumerate(self.states(environ))
         )
 
-    def states(self, environ: Mapping[str, str], *, fresh: bool = False) -> tuple[tuple[Address, Health], ...]:
+    def states(self, environ: Mapping[str, str]) -> tuple[tuple[Address, Health], ...]:
         """Return how each endpoint is that the environment names."""
         named = addresses(environ)
         if not named:
             return ()
         with ThreadPoolExecutor(min(len(named), 16), thread_name_prefix="eia-probe") as pool:
-            return tuple(zip(named, pool.map(lambda one: self.health(one, fresh=fresh), named), strict=True))
+            return tuple(zip(named, pool.map(self.health, named), strict=True))
 
 
 def _probe(endpoint: Endpoint) -> Health:

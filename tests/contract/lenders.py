@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelrt.errors import AccelrtError
 from accelrt.protocol.address import parse_address
 from accelrt.protocol.client import ClientSettings, Endpoint
 from accelrt.protocol.leases import SLICE, SliceState, describe_slice
@@ -27,6 +28,7 @@ class LenderProcess:
             self.port = free.getsockname()[1]
         self._arguments, self._environment = arguments, environment
         self.process: subprocess.Popen[str] | None = None
+        self._clients: list[Endpoint] = []
         self.start()
 
     @property
@@ -58,7 +60,16 @@ class LenderProcess:
 
     def client(self, *, token: str | None = None, key: str | None = None) -> Endpoint:
         """Return a client with a token of its own, unless one is given."""
-        return Endpoint(parse_address(self.url), ClientSettings(api_key=key), token=token or secrets.token_urlsafe(32))
+        settings = ClientSettings(api_key=key)
+        made = Endpoint(parse_address(self.url), settings, token=secrets.token_urlsafe(32) if token is None else token)
+        self._clients.append(made)
+        return made
+
+    def forget_clients(self) -> None:
+        """Give back what clients made by `client` have borrowed."""
+        while self._clients:
+            with contextlib.suppress(AccelrtError):
+                self._clients.pop().ask("RepositoryModelUnload", 30, model_name=SLICE)
 
 
 @contextlib.contextmanager

@@ -58,12 +58,7 @@ class Turns:
         if self.try_enter(party):
             return
         if len(party.waiting) >= party.most_waiting:
-            error = Overloaded(
-                f"{len(party.waiting)} calls of this client wait, and {party.running} are computed, as many as may.",
-                hint="Ask again later, or borrow a larger slice.",
-            )
-            error.retry_after_s = 0.1
-            raise error
+            raise _overloaded(party)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if not party.waiting:
             self._ring.append(party)
@@ -108,3 +103,13 @@ class Turns:
         party.waiting.remove(turn)
         if not party.waiting:
             self._ring.remove(party)
+
+
+def _overloaded(party: Party) -> Overloaded:
+    # Not where it is raised: a frame that holds the error that holds the frame would keep the model in memory.
+    error = Overloaded(
+        f"{len(party.waiting)} calls of this client wait, and {party.running} are computed, as many as may.",
+        hint="Ask again later, or borrow a larger slice.",
+    )
+    error.retry_after_s = 0.1
+    return error
