@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from accelrt.backend import Device
 from accelrt.errors import AccelrtError, OptionError
 from accelrt.protocol.address import Address, parse_address
 from accelrt.protocol.client import ClientSettings, Endpoint
+from accelrt.protocol.leases import EXTENSION, SLICE, SliceState, describe_slice
 
 VARIABLE = "ACCELRT_EIA_ACCELERATORS"
 PROBE_TIMEOUT_S = 1.0
@@ -49,11 +51,22 @@ def addresses(environ: Mapping[str, str]) -> tuple[Address, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What an endpoint last said of itself: ``server`` is its name and version, ``problem`` why it is not ready."""
+    """What an endpoint last said of itself.
+
+    ``server`` is its name and version, ``slice`` what it lends if it lends slices, ``problem`` why it is not ready.
+    """
 
     server: str = ""
     extensions: tuple[str, ...] = ()
     problem: str = ""
+    slice: SliceState | None = None
+
+    @property
+    def description(self) -> str:
+        """What it is, without what changes by itself."""
+        if self.problem:
+            return "unreachable"
+        return f"{self.server}, {self.slice.type} of {self.slice.accelerator}" if self.slice else self.server
 
 
 class Accelerators:
@@ -70,7 +83,8 @@ class Accelerators:
         key = (address, ClientSettings.of_environment(os.environ))
         with self._lock:
             if key not in self._endpoints:
-                self._endpoints[key] = Endpoint(*key)
+                # A token for each server: none can borrow from another in this client's name.
+                self._endpoints[key] = Endpoint(*key, token=secrets.token_urlsafe(32))
             return self._endpoints[key]
 
     def health(self, address: Address, *, fresh: bool = False) -> Health:
@@ -91,22 +105,29 @@ class Accelerators:
 
     def devices(self, environ: Mapping[str, str]) -> tuple[Device, ...]:
         """Return the endpoints as devices, those that do not answer too: their numbers must not change."""
-        named = addresses(environ)
-        if not named:
-            return ()
-        with ThreadPoolExecutor(min(len(named), 16), thread_name_prefix="eia-probe") as pool:
-            found = list(pool.map(self.health, named))
+        # Recorded figures belong to a machine by these: what changes by itself is not in them, see `states`.
         return tuple(
             Device(
                 "eia",
                 index,
-                # Recorded figures belong to a machine by such descriptions: what changes by itself is not in them.
-                f"{address.endpoint}, {'unreachable' if health.problem else health.server}",
-                None,
-                {"address": address.endpoint, "health": health.problem or "ready"},
+                f"{address.endpoint}, {health.description}",
+                None if health.slice is None else health.slice.memory_bytes,
+                {
+                    "address": address.endpoint,
+                    "health": health.problem or "ready",
+                    **({} if health.slice is None else {"accelerator_type": health.slice.type}),
+                },
             )
-            for index, (address, health) in enumerate(zip(named, found, strict=True))
+            for index, (address, health) in enumerate(self.states(environ))
         )
+
+    def states(self, environ: Mapping[str, str]) -> tuple[tuple[Address, Health], ...]:
+        """Return how each endpoint is that the environment names."""
+        named = addresses(environ)
+        if not named:
+            return ()
+        with ThreadPoolExecutor(min(len(named), 16), thread_name_prefix="eia-probe") as pool:
+            return tuple(zip(named, pool.map(self.health, named), strict=True))
 
 
 def _probe(endpoint: Endpoint) -> Health:
@@ -114,4 +135,18 @@ def _probe(endpoint: Endpoint) -> Health:
         told = endpoint.ask("ServerMetadata", PROBE_TIMEOUT_S)
     except AccelrtError as error:
         return Health(problem=" ".join(error.message.split())[:200])
-    return Health(f"{told.name} {told.version}".strip(), tuple(told.extensions))
+    extensions = tuple(told.extensions)
+    return Health(
+        f"{told.name} {told.version}".strip(),
+        extensions,
+        slice=ask_slice(endpoint, PROBE_TIMEOUT_S) if EXTENSION in extensions else None,
+    )
+
+
+def ask_slice(endpoint: Endpoint, timeout_s: float) -> SliceState | None:
+    """Return what a server lends to this client, None if it does not say so."""
+    try:
+        told = endpoint.ask("ModelConfig", timeout_s, name=SLICE).config.parameters
+    except AccelrtError:
+        return None
+    return describe_slice({key: value.string_value for key, value in told.items()})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from onnx.backend.base import Backend, BackendRep  # noqa: E402
-from onnx.backend.test import BackendTest  # noqa: E402
 
 from accelrt.graph.load import load_graph  # noqa: E402
 from accelrt.graph.types import TensorType  # noqa: E402
@@ -30,6 +28,7 @@ from accelrt_cuda.torch_prepare import prepare  # noqa: E402
 from accelrt_cuda.torch_runtime import _Finish, _input_types, _output_types, _storages  # noqa: E402
 from accelrt_cuda.torch_transfer import Lent  # noqa: E402
 from tests.contract.lowering_suite_exceptions import LOWERING_EXCEPTIONS  # noqa: E402
+from tests.contract.onnx_cases import cases  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stand_ins" / "cuda"))
 _engine = importlib.import_module("torch_backends").OnCpu()
@@ -87,27 +86,20 @@ class RewritingBackend(Backend):
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_case_is_equal_or_refused(record_property: Callable[[str, object], None]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        items = BackendTest(RewritingBackend)._test_items
     counts: Counter[str] = Counter()
     wrong: dict[str, str] = {}
-    for group in items.values():
-        for name, item in group.items():
-            if not name.endswith("_cpu"):
-                continue
-            try:
-                item.func(None)
-            except Refused:
-                counts["refused"] += 1
-            except Exception as error:
-                case = name.removesuffix("_cpu")
-                if case in LOWERING_EXCEPTIONS:
-                    counts["exceptions"] += 1
-                else:
-                    wrong[case] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    for name, run, _ in cases(RewritingBackend):
+        try:
+            run(None)
+        except Refused:
+            counts["refused"] += 1
+        except Exception as error:
+            if name in LOWERING_EXCEPTIONS:
+                counts["exceptions"] += 1
             else:
-                counts["equal"] += 1
+                wrong[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        else:
+            counts["equal"] += 1
     record_property("summary", f"cuda/torch, on the CPU: {dict(counts)}, {len(wrong)} wrong")
     assert not wrong, "\n".join(f"{name}: {reason}" for name, reason in wrong.items())
     assert counts["equal"] >= AT_LEAST

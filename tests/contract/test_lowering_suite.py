@@ -5,9 +5,8 @@ A minute or two, so marked `suite`. It prints how many cases passed, and by oper
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +16,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from onnx.backend.base import Backend, BackendRep  # noqa: E402
-from onnx.backend.test import BackendTest  # noqa: E402
 
 from accelrt.errors import CompileError  # noqa: E402
 from accelrt.graph.load import load_graph  # noqa: E402
@@ -25,6 +23,7 @@ from accelrt.graph.lowering import lower, lowerable  # noqa: E402
 from accelrt.graph.lowering.dtypes import to_numpy, to_torch  # noqa: E402
 from accelrt.graph.types import TensorType  # noqa: E402
 from tests.contract.lowering_suite_exceptions import LOWERING_EXCEPTIONS  # noqa: E402
+from tests.contract.onnx_cases import cases  # noqa: E402
 
 pytestmark = [pytest.mark.suite, pytest.mark.torch]
 
@@ -92,16 +91,6 @@ class LoweringBackend(Backend):
         return device == "CPU"
 
 
-def _cases() -> Iterator[tuple[str, Any, Any]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        runner = BackendTest(LoweringBackend)
-    for items in runner._test_items.values():
-        for name, item in items.items():
-            if name.endswith("_cpu"):
-                yield name.removesuffix("_cpu"), item.func, item.proto
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_every_case_is_equal_or_refused(record_property: Callable[[str, object], None]) -> None:
     passed = 0
@@ -109,7 +98,7 @@ def test_every_case_is_equal_or_refused(record_property: Callable[[str, object],
     operators: Counter[str] = Counter()
     wrong: dict[str, str] = {}
     exceptions: set[str] = set()
-    for name, run, proto in _cases():
+    for name, run, proto in cases(LoweringBackend):
         try:
             run(None)
         except Refused as reason:

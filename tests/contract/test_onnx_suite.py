@@ -5,21 +5,18 @@ Slow (about a minute a target), so marked `suite`. Each test prints how many nod
 
 from __future__ import annotations
 
-import logging
-import unittest
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import onnx
 import pytest
-from onnx.backend.test import BackendTest
 
 import accelrt
 from accelrt.registry import REGISTRY
 from accelrt.testing.fake import FakeBackend
-from accelrt.testing.onnx_backend import AccelrtBackend, backend_for
+from accelrt.testing.onnx_backend import backend_for
+from tests.contract.onnx_cases import cases, run_all
 from tests.contract.onnx_suite_exceptions import EXCEPTIONS
 
 pytestmark = pytest.mark.suite
@@ -45,16 +42,6 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _cases(backend: type[AccelrtBackend]) -> Iterator[tuple[str, Any]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        runner = BackendTest(backend)
-    for items in runner._test_items.values():
-        for name, item in items.items():
-            if name.endswith("_cpu"):
-                yield name.removesuffix("_cpu"), item.func
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_case_passes_and_says_where_it_ran(target: str, record_property: Callable[[str, object], None]) -> None:
     if target != "cpu":
@@ -78,20 +65,9 @@ def test_every_case_passes_on_a_gpu(record_property: Callable[[str, object], Non
 
 def _run_all(target: str, fallback: str, record_property: Callable[[str, object], None]) -> Counter[str]:
     """Run all cases through a target; return how many nodes ran on each engine."""
-    logging.disable(logging.WARNING)
     backend = backend_for(target, fallback=fallback)
-    passed, failed, skipped = 0, {}, []
-    try:
-        for name, run in _cases(backend):
-            try:
-                run(None)
-                passed += 1
-            except unittest.SkipTest as reason:
-                skipped.append(f"{name}: {reason}")
-            except Exception as error:
-                failed[name] = f"{type(error).__name__}: {error}"
-    finally:
-        logging.disable(logging.NOTSET)
+    outcome = run_all(backend)
+    passed, failed, skipped = outcome.passed, outcome.failed, outcome.skipped
     ran: Counter[str] = Counter()
     for (engine, _), count in backend.nodes.items():
         ran[engine] += count
@@ -106,5 +82,5 @@ def _run_all(target: str, fallback: str, record_property: Callable[[str, object]
 
 
 def test_exceptions_are_cases_of_the_suite() -> None:
-    names = {name for name, _ in _cases(backend_for("cpu"))}
+    names = {case.name for case in cases(backend_for("cpu"))}
     assert set(EXCEPTIONS) <= names

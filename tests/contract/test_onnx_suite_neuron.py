@@ -8,11 +8,8 @@ is then held, step by step, against ONNX's own evaluator fed with rounded values
 
 from __future__ import annotations
 
-import logging
-import unittest
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +26,7 @@ from accelrt.registry import REGISTRY
 from accelrt.testing.onnx_backend import AccelrtBackend, SessionRep, backend_for
 from accelrt_neuron import NeuronBackend
 from tests.contract.neuron_suite_exceptions import EXCEPTIONS
+from tests.contract.onnx_cases import cases, run_all
 from tests.contract.onnx_suite_exceptions import EXCEPTIONS as FAULTS_OF_THE_SUITE
 
 pytestmark = pytest.mark.suite
@@ -147,37 +145,18 @@ def _backend(instance: str) -> type[AccelrtBackend]:
     return Recording
 
 
-def _cases(backend: type[AccelrtBackend]) -> Iterator[tuple[str, Any]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        runner = Runner(backend)
-    for items in runner._test_items.values():
-        for name, item in items.items():
-            if name.endswith("_cpu"):
-                yield name.removesuffix("_cpu"), item.func
-
-
 @pytest.mark.parametrize("chip", INSTANCES)
 def test_every_case_is_right_within_bfloat16(chip: str, record_property: Callable[[str, object], None]) -> None:
-    logging.disable(logging.WARNING)
     installed = "neuron" in REGISTRY.names()
     if not installed:
         accelrt.register(NeuronBackend)
     backend = _backend(INSTANCES[chip])
-    passed, failed, skipped = 0, {}, []
     try:
-        for name, run in _cases(backend):
-            try:
-                run(None)
-                passed += 1
-            except unittest.SkipTest as reason:
-                skipped.append(f"{name}: {reason}")
-            except Exception as error:
-                failed[name] = f"{type(error).__name__}: {error}"
+        outcome = run_all(backend, Runner)
     finally:
-        logging.disable(logging.NOTSET)
         if not installed:
             REGISTRY.unregister("neuron")
+    passed, failed, skipped = outcome.passed, outcome.failed, outcome.skipped
     on_core = Counter({kind: count for (engine, kind), count in backend.nodes.items() if engine == TARGET})
     total = sum(backend.nodes.values())
     proven = {name for name, reason in failed.items() if reason.endswith("| proven")}
@@ -199,5 +178,5 @@ def test_every_case_is_right_within_bfloat16(chip: str, record_property: Callabl
 
 
 def test_exceptions_are_cases_of_the_suite() -> None:
-    names = {name for name, _ in _cases(backend_for("cpu"))}
+    names = {case.name for case in cases(backend_for("cpu"))}
     assert set(EXCEPTIONS) <= names

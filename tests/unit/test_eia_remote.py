@@ -37,13 +37,12 @@ from accelrt.errors import (
     OutOfDeviceMemory,
     Overloaded,
     RequestTimeout,
-    UnsupportedNodes,
 )
 from accelrt.graph.types import Port, Signature, TensorType
 from accelrt.protocol.address import Address, is_address, parse_address
 from accelrt.protocol.client import ClientSettings, Endpoint
 from accelrt.registry import REGISTRY
-from accelrt.testing.models import Builder, small_cnn
+from accelrt.testing.models import Builder, mlp, small_cnn
 from accelrt_eia import EiaBackend
 from accelrt_eia.accelerators import addresses
 from accelrt_eia.remote import RemoteOptions
@@ -342,8 +341,6 @@ def test_text_travels(server: Server, use: Any) -> None:
 
 def test_what_a_server_cannot_promise_is_refused(tmp_path: Path, backend: EiaBackend) -> None:
     engine = backend.engines[0]
-    with pytest.raises(UnsupportedNodes, match="cannot be promised"):
-        accelrt.compile(MODEL, "eia/remote", precision="fp16", fallback="error")
     onnx.save(MODEL, tmp_path / "m.onnx")
     odd = Signature((Port("x", TensorType("float8_e4m3fn", (1,))),), ())
     with pytest.raises(CompileError, match="float8_e4m3fn"):
@@ -351,6 +348,29 @@ def test_what_a_server_cannot_promise_is_refused(tmp_path: Path, backend: EiaBac
     for wrong in ({"timeout_s": 0.0}, {"lost_after_s": -1.0}, {"load_timeout_s": -1.0}):
         with pytest.raises(OptionError):
             RemoteOptions(**wrong)
+
+
+def test_a_precision_is_the_servers_to_confirm(server: Server, use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nobody to ask yet: the program says so.
+    unasked = accelrt.compile(MODEL, "eia/remote", precision="fp16", fallback="error", cache=False)
+    assert "must say that it computes in fp16" in unasked.placement.segments[0].remark
+    # A server that takes the wish and says nothing of what it does is not believed.
+    use(server.url)
+    with pytest.raises(IncompatibleProgram, match="does not say what it computes in"):
+        accelrt.load(unasked, fallback="error")
+    asked = accelrt.compile(MODEL, "eia/remote", precision="fp16", fallback="error", cache=False)
+    assert "does not say" in asked.placement.segments[0].remark
+    # Nor one that would not even understand it, as Triton does not: it is not sent the program.
+    monkeypatch.setattr("accelrt_eia.remote.PRECISION_EXTENSION", "of_another_server")
+    before = len(endpoint_of(server).ask("RepositoryIndex", 5).models)
+    with pytest.raises(IncompatibleProgram, match="cannot be told"):
+        accelrt.load(accelrt.compile(mlp_of_its_own(), "eia/remote", precision="bf16", cache=False), fallback="error")
+    assert len(endpoint_of(server).ask("RepositoryIndex", 5).models) == before
+
+
+def mlp_of_its_own() -> onnx.ModelProto:
+    """Return a model that no other test loads."""
+    return mlp(features=11)
 
 
 def test_servers_that_take_no_models_say_so(use: Any) -> None:

@@ -113,6 +113,36 @@ def test_script_for_elastic_inference_runs_on_the_cpu(name: str, tmp_path: Path)
         assert done.stdout.count("boxes right in 40 of 40 frames") == 2, "with and without the accelerator"
 
 
+@pytest.mark.suite
+@pytest.mark.parametrize("name", EIA)
+def test_script_for_elastic_inference_runs_on_a_slice(name: str, tmp_path: Path) -> None:
+    framework, words = EIA[name]
+    pytest.importorskip(framework)
+    pytest.importorskip("grpc")
+    from tests.contract.lenders import lender, state_of
+
+    with lender("--accelerator", "cpu:0", "--size", "eia2.medium", "--slices", "1") as server:
+        done = subprocess.run(
+            [sys.executable, EXAMPLES / "eia" / name],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+            cwd=tmp_path,
+            env={**os.environ, "ACCELRT_BACKEND": "eia/remote", "ACCELRT_EIA_ACCELERATORS": server.url},
+        )
+        assert done.returncode == 0, done.stderr
+        for text in words:
+            assert text in done.stdout
+        if name == "detect_objects.py":
+            assert "use_ei=True (eia/remote)" in done.stdout
+        watcher = server.client()
+        statistics = watcher.ask("ServerMetadata", 10)
+        assert statistics.name == "accelrt"
+        assert len(state_of(watcher).holders) <= 1
+    assert "fell" not in done.stderr and "cannot be reached" not in done.stderr, done.stderr
+
+
 def _needs_serve() -> None:
     from accelrt.cli import app
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -32,36 +33,36 @@ def describe(as_json: JsonFlag = False, traceback: TracebackFlag = False) -> Non
     Exits with 1 if there is none.
     """
     with working(as_json):
-        problem, found = _found()
+        problem, found, now = _found()
     if as_json:
         print_json(
             {
                 "time": _now(),
                 "attached_accelerators": sum(len(devices) for devices in found.values()),
                 "reason": problem,
-                "devices": [_to_json(engine, one) for engine, devices in found.items() for one in devices],
+                "devices": [_to_json(engine, one, now) for engine, devices in found.items() for one in devices],
             }
         )
     else:
-        _show(problem, found)
+        _show(problem, found, now)
     if not any(found.values()):
         raise typer.Exit(FAILED)
 
 
-def _found() -> tuple[str | None, dict[str, list[Device]]]:
-    """Return why the backend cannot be asked, None if it can, and its devices by who runs on them."""
+def _found() -> tuple[str | None, dict[str, list[Device]], dict[int, Mapping[str, Any]]]:
+    """Return why the backend cannot be asked, None if it can, its devices by who runs on them, and endpoints as now."""
     from accelrt.errors import RegistryError, TargetError
     from accelrt.inventory import backend as backend_info
     from accelrt.registry import REGISTRY
 
     info = backend_info(NAME)
     if info is None:
-        return f"There is no backend {NAME!r} in this installation.", {}
+        return f"There is no backend {NAME!r} in this installation.", {}, {}
     found = {NAME: list(info.devices)}
     try:
         backend = REGISTRY.backend(NAME)
     except (RegistryError, TargetError) as error:
-        return str(error), found
+        return str(error), found, {}
     seen: list[Device] = []
     reasons = [info.reason] if info.reason else []
     for engine, said in zip(backend.engines, info.engines, strict=True):
@@ -77,7 +78,8 @@ def _found() -> tuple[str | None, dict[str, list[Device]]]:
             reasons.append(f"{NAME}/{engine.name}: {said.status.reason}")
     if not info.devices:
         reasons.insert(0, "ACCELRT_EIA_ACCELERATORS names no endpoint")
-    return "; ".join(reasons) or None, found
+    now = {int(one["ordinal"]): one for one in backend.report().get("accelerators", ())}
+    return "; ".join(reasons) or None, found, now
 
 
 def _type_of(device: Device) -> str:
@@ -85,15 +87,20 @@ def _type_of(device: Device) -> str:
     return device.properties.get("accelerator_type") or device.description.removeprefix(f"{address}, ")
 
 
-def _to_json(engine: str, device: Device) -> dict[str, Any]:
+def _to_json(engine: str, device: Device, now: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     properties = device.properties
+    told = now.get(device.index, {}) if engine == NAME else {}
     return {
         "ordinal": device.index,
         "of": engine,
         "type": _type_of(device),
         "id": properties.get("accelerator_id") or properties.get("address") or device.name,
-        "status": properties.get("health") or "unknown",
+        "status": told.get("health") or properties.get("health") or "unknown",
         "memory_bytes": device.memory_bytes,
+        "free_bytes": told.get("free_bytes"),
+        "accelerator": told.get("accelerator"),
+        "slices": told.get("slices"),
+        "holders": told.get("holders"),
         "properties": dict(properties),
     }
 
@@ -102,7 +109,7 @@ def _now() -> str:
     return time.strftime("%a %b %e %H:%M:%S %Y")
 
 
-def _show(problem: str | None, found: dict[str, list[Device]]) -> None:
+def _show(problem: str | None, found: dict[str, list[Device]], now: Mapping[int, Mapping[str, Any]]) -> None:
     from accelrt.partition.report import human_bytes
 
     console = out()
@@ -110,12 +117,20 @@ def _show(problem: str | None, found: dict[str, list[Device]]) -> None:
     console.print(f"Attached accelerators: {sum(len(devices) for devices in found.values())}", highlight=False)
     for engine, devices in found.items():
         for device in devices:
-            entry = _to_json(engine, device)
+            entry = _to_json(engine, device, now)
             memory = "unknown" if device.memory_bytes is None else human_bytes(device.memory_bytes)
+            if entry["free_bytes"] is not None:
+                memory += f", {human_bytes(entry['free_bytes'])} free"
+            lines = [("Type", entry["type"]), ("Id", entry["id"]), ("Status", entry["status"]), ("Memory", memory)]
+            if entry["holders"] is not None:
+                lines.append(("Slice of", entry["accelerator"]))
+                lines.append(("Lent", f"{len(entry['holders'])} of {entry['slices']} slices"))
+                lines += [
+                    ("Holder", f"{one['id']}, {one['programs']} programs, {human_bytes(one['held_bytes'])}")
+                    for one in entry["holders"]
+                ]
             console.print(f"Device {device.index} ({engine}):", highlight=False)
-            for name, value in (
-                ("Type", entry["type"]), ("Id", entry["id"]), ("Status", entry["status"]), ("Memory", memory),
-            ):  # fmt: skip
+            for name, value in lines:
                 console.print(f"    {name}: {value}", highlight=False, markup=False, soft_wrap=True)
     if problem is not None and not any(found.values()):
         console.print(problem, highlight=False, markup=False, soft_wrap=True)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from accelrt.serve.settings import ServerSettings
 
 
+_LENDING = "Lending slices of an accelerator"
+
+
 def _port(help_: str) -> typer.models.OptionInfo:
     return typer.Option(help=f"{help_} 0 lets the system choose, -1 leaves it out.", min=-1, max=65535)  # type: ignore[no-any-return]
 
@@ -126,14 +129,75 @@ def serve(
         bool, typer.Option("--sagemaker", help="Speak SageMaker's container contract: /ping and /invocations on 8080.")
     ] = False,
     default_model: Annotated[str, typer.Option("--default-model", help="The model that /invocations is for.")] = "",
+    accelerator: Annotated[
+        str | None,
+        typer.Option(
+            "--accelerator",
+            help="Lend slices of this target to clients of the backend eia, in place of serving a repository.",
+            metavar="TARGET",
+            rich_help_panel=_LENDING,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size", help="Of each slice: eia1.medium, .large, .xlarge or eia2. of these.", rich_help_panel=_LENDING
+        ),
+    ] = None,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            "--memory-mib", help="Memory of each slice, in place of the size's.", min=1, rich_help_panel=_LENDING
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            "--concurrency",
+            help="Calls of one client at a time, in place of the size's.",
+            min=1,
+            rich_help_panel=_LENDING,
+        ),
+    ] = None,
+    slices: Annotated[
+        int | None,
+        typer.Option(
+            "--slices",
+            help="Clients at a time; else as many as the device's memory has room for.",
+            min=1,
+            rich_help_panel=_LENDING,
+        ),
+    ] = None,
+    lease_secs: Annotated[
+        float,
+        typer.Option(
+            "--lease-secs", help="How long a slice is kept for a client that is silent.", rich_help_panel=_LENDING
+        ),
+    ] = 60.0,
+    turns: Annotated[
+        int | None,
+        typer.Option(
+            "--turns",
+            help="Calls of all clients at a time; else those of two slices.",
+            min=1,
+            rich_help_panel=_LENDING,
+        ),
+    ] = None,
+    isolate: Annotated[
+        bool, typer.Option("--isolate", help="A process for each program.", rich_help_panel=_LENDING)
+    ] = False,
     traceback: TracebackFlag = False,
 ) -> None:
     """Serve models over the Open Inference Protocol V2, as clients of Triton and KServe speak it.
 
     Prints a line for each front end when models are loaded. SIGTERM and Ctrl-C let what is under way be answered
     before the server ends; a second one ends it at once. Without an API key it listens to this machine only.
+
+    With --accelerator it lends slices of an accelerator over gRPC: each client, told by its API key or by the lease it
+    asks for, has its quota of memory and its share of the turns for the programs it uploads.
     """
     from accelrt.precision.plan import precision_named
+    from accelrt.serve.lending.sizes import LendingSettings, size_of
     from accelrt.serve.logs import logging_to_stderr
     from accelrt.serve.run import serve as run
     from accelrt.serve.settings import (
@@ -163,6 +227,25 @@ def serve(
         raise typer.BadParameter("A certificate and its key go together.", param_hint="--tls-cert")
     if sagemaker and (repository is None or (repository == SAGEMAKER_WORD and not repository.exists())):
         repository = SAGEMAKER_MODELS
+    lending = None
+    if accelerator is None:
+        given = {"--size": size, "--memory-mib": memory, "--concurrency": concurrency, "--slices": slices}
+        if named := [
+            name for name, value in {**given, "--turns": turns, "--isolate": isolate or None}.items() if value
+        ]:
+            raise typer.BadParameter("It is about slices of an accelerator; name one.", param_hint=named[0])
+    else:
+        if repository is not None:
+            raise typer.BadParameter("What is lent is an accelerator; clients bring models.", param_hint="REPOSITORY")
+        lending = LendingSettings(
+            accelerator,
+            size_of(size, memory, concurrency),
+            slices=slices,
+            lease_s=lease_secs,
+            turns=turns,
+            isolate=isolate,
+        )
+        repository, http_port = Path(), -1 if http_port is None else http_port
     if repository is None:
         raise typer.BadParameter("Name a model repository, or a model.", param_hint="REPOSITORY")
     settings = ServerSettings(
@@ -196,6 +279,7 @@ def serve(
         log_requests=log_requests,
         sagemaker=sagemaker,
         default_model=default_model,
+        lending=lending,
     )
     with logging_to_stderr("json" if log_format == "json" else "text"):
         run(settings, lambda ports: _announce(settings, ports))

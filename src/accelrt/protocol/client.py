@@ -22,6 +22,7 @@ from typing import Any
 from accelrt.errors import AccelrtError, DeviceError, OptionError
 from accelrt.protocol.address import Address
 from accelrt.protocol.faults import KIND, RETRY_AFTER, error_of
+from accelrt.protocol.leases import TOKEN
 
 MOST_MESSAGE_BYTES = (1 << 31) - 1
 """protobuf and gRPC count a message's bytes in 31 bits."""
@@ -95,9 +96,14 @@ class Endpoint:
     """One server. Thread-safe; connects when first used, and again when the connection was lost.
 
     ``epoch`` grows with each connection: what a server was told on an earlier one it may have forgotten.
+
+    Args:
+        address: Of the server.
+        settings: How it is reached.
+        token: Sent with each call, for servers that lend slices (`accelrt.protocol.leases`); None for none.
     """
 
-    def __init__(self, address: Address, settings: ClientSettings | None = None) -> None:
+    def __init__(self, address: Address, settings: ClientSettings | None = None, *, token: str | None = None) -> None:
         self.address, self._settings = address, settings or ClientSettings()
         self.epoch = 0
         self._lock = threading.Lock()
@@ -107,7 +113,10 @@ class Endpoint:
         self._try_again = 0.0
         self._closed = False
         key = self._settings.api_key
-        self._metadata = (("authorization", f"Bearer {key}"),) if key else None
+        metadata = [("authorization", f"Bearer {key}")] if key else []
+        if token is not None:
+            metadata.append((TOKEN, token))
+        self._metadata = tuple(metadata) or None
 
     def call(self, path: str, data: bytes, timeout_s: float, *, patient: bool = False) -> bytes:
         """Call a method with the bytes of its request and return those of its reply.

@@ -22,6 +22,7 @@ _CODES: tuple[tuple[type[AccelrtError], str], ...] = (
     (errors.ModelNotFound, "NOT_FOUND"),
     (errors.ModelUnavailable, "UNAVAILABLE"),
     (errors.NotAllowed, "PERMISSION_DENIED"),
+    (errors.OutOfDeviceMemory, "RESOURCE_EXHAUSTED"),
     (errors.RequestTimeout, "DEADLINE_EXCEEDED"),
 )
 _KINDS: dict[str, type[AccelrtError]] = {

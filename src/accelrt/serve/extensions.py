@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from accelrt.protocol.leases import PRECISION_EXTENSION
+
 EXTENSIONS = (
     "binary_tensor_data",
     "model_configuration",
@@ -10,8 +12,9 @@ EXTENSIONS = (
     "parameters",
     "schedule_policy",
     "statistics",
+    PRECISION_EXTENSION,
 )
-"""By the names that Triton gave them."""
+"""By the names that Triton gave them, but for the last, which is accelrt's."""
 
 SHARED_MEMORY = "system_shared_memory"
 

@@ -126,6 +126,7 @@ class ModelSnapshot:
         rate: Requests answered a second of late.
         waiting: Requests whose turn has not come.
         resident_bytes: What it holds in memory, 0 if it is not loaded.
+        program_bytes: The files that it was loaded from, 0 if it is not loaded.
         placement: Nodes on each engine.
         batching: Whether requests may share runs, and why or why not.
         pid: Of its worker process, None if it has none.
@@ -147,6 +148,7 @@ class ModelSnapshot:
     pinned: bool
     pid: int | None
     restarts: int
+    program_bytes: int = 0
 
 
 class ServedModel(Protocol):
@@ -252,3 +254,19 @@ def is_ready(service: Service, name: str, version: str = "") -> bool:
     if service.find(name, version) is not None:
         return True
     return any(entry.name == name and version in ("", entry.version) for entry in service.index(ready=True))
+
+
+class Lending(Protocol):
+    """What a front end asks where each client has models of its own."""
+
+    extensions: Sequence[str]
+    """What is offered beyond what every server does."""
+
+    def of(self, key: str | None, token: str | None) -> Service:
+        """Return what a client may ask.
+
+        Args:
+            key: Names the API key that the client showed; None if the server has none.
+            token: What the client says to be its token, None if nothing.
+        """
+        ...

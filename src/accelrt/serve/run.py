@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, cast
 
 from accelrt.errors import ServingError
-from accelrt.serve.interface import Service
+from accelrt.serve.interface import Lending, Service
 from accelrt.serve.settings import ServerSettings
 from accelrt.serve.shared_memory import SharedMemoryRegistry
 
@@ -63,16 +63,21 @@ async def _start_grpc(service: Service, settings: ServerSettings, regions: Share
     for needed in ("grpc", "google.protobuf"):  # so that what is missing is named, whatever the front end makes of it
         importlib.import_module(needed)
     module, tls = importlib.import_module("accelrt.serve.grpc"), settings.tls
+    lending, longest = settings.lending, settings.limits.body_bytes
+    if lending is not None:  # what fits a slice can be sent to it
+        longest = max(longest, lending.size.memory_bytes + _BESIDE_A_PROGRAM)
     own = module.GrpcSettings(
         host=settings.host,
         port=settings.grpc_port,
-        max_message_bytes=min(settings.limits.body_bytes, _LARGEST_MESSAGE),
+        max_message_bytes=min(longest, _LARGEST_MESSAGE),
+        shared_memory=settings.shared_memory and lending is None,
         certificate=None if tls is None else tls.certificate,
         private_key=None if tls is None else tls.key,
         client_ca=None if tls is None else tls.client_ca,
         api_keys=settings.api_keys,
     )
-    return cast("FrontEnd", await module.start(service, own, regions=regions))
+    lender = cast("Lending", service) if lending is not None else None
+    return cast("FrontEnd", await module.start(service, own, regions=regions, lender=lender))
 
 
 async def _start_metrics(service: Service, settings: ServerSettings, regions: SharedMemoryRegistry) -> FrontEnd:
@@ -83,6 +88,7 @@ async def _start_metrics(service: Service, settings: ServerSettings, regions: Sh
 # HTTP is first: it says whether the server lives while models are loaded.
 _STARTERS: Mapping[str, Starter] = {"http": _start_http, "grpc": _start_grpc, "metrics": _start_metrics}
 _LARGEST_MESSAGE = 2**31 - 1  # of gRPC
+_BESIDE_A_PROGRAM = 1 << 16  # bytes of a message that loads it
 
 Announce = Callable[[Mapping[str, int]], None]
 
@@ -114,6 +120,10 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def _model_service(settings: ServerSettings) -> RunningService:
+    if settings.lending is not None:
+        from accelrt.serve.lending.lender import Lender
+
+        return Lender(settings.lending, trust=settings.trust, drain_s=settings.drain_s)
     from accelrt.serve.models.service import ModelService
     from accelrt.serve.models.settings import ModelSettings, ServiceSettings
 
@@ -147,7 +157,9 @@ async def _serve(
     stopped = _watch_signals()
     service = make_service(settings)
     # One for all front ends: what a client registers over HTTP it may use over gRPC.
-    regions = SharedMemoryRegistry(enabled=settings.shared_memory, largest=settings.limits.body_bytes)
+    # Not where slices are lent: regions are the whole server's, and clients may not read each other's.
+    offered = settings.shared_memory and settings.lending is None
+    regions = SharedMemoryRegistry(enabled=offered, largest=settings.limits.body_bytes)
     front_ends: dict[str, FrontEnd] = {}
     try:
         # Before the models are loaded, so that an orchestrator sees a server that lives and is not ready.

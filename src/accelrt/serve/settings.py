@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from accelrt.errors import OptionError
+from accelrt.serve.lending.sizes import LendingSettings
 
 ControlMode = Literal["none", "poll", "explicit"]
 """Who loads models: ``none`` all at the start, ``poll`` as the repository changes, ``explicit`` clients."""
@@ -114,6 +115,7 @@ class ServerSettings:
         log_requests: Log a line for each request.
         sagemaker: Speak SageMaker's container contract as well.
         default_model: The model that ``/invocations`` is for; empty for the only one.
+        lending: Lend slices of an accelerator, in place of serving a repository; over gRPC only.
     """
 
     repository: Path
@@ -145,6 +147,7 @@ class ServerSettings:
     log_requests: bool = False
     sagemaker: bool = False
     default_model: str = ""
+    lending: LendingSettings | None = None
 
     def __post_init__(self) -> None:
         if self.control_mode not in CONTROL_MODES:
@@ -155,6 +158,11 @@ class ServerSettings:
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65535:
                 raise OptionError(f"{name} must lie between 0 and 65535, not {port}.")
+        if self.lending is not None and (self.http_port is not None or self.sagemaker):
+            raise OptionError(
+                "Slices of an accelerator are lent over gRPC; HTTP would not know whose models to call.",
+                hint="Leave out --http-port and --sagemaker.",
+            )
         if not self.api_keys and not self.insecure and not is_loopback(self.host):
             raise OptionError(
                 f"Without an API key the server listens to this machine only, not at {self.host}.",

@@ -11,14 +11,18 @@ from accelrt.serve.grpc.settings import GrpcSettings
 
 if TYPE_CHECKING:
     from accelrt.serve.grpc.server import Handle
-    from accelrt.serve.interface import Service
+    from accelrt.serve.interface import Lending, Service
     from accelrt.serve.shared_memory import SharedMemoryRegistry
 
 __all__ = ["GrpcSettings", "start"]
 
 
 async def start(
-    service: Service, settings: GrpcSettings | None = None, *, regions: SharedMemoryRegistry | None = None
+    service: Service,
+    settings: GrpcSettings | None = None,
+    *,
+    regions: SharedMemoryRegistry | None = None,
+    lender: Lending | None = None,
 ) -> Handle:
     """Serve a service's models in the running event loop, and return a handle with ``port`` and ``stop``.
 
@@ -26,6 +30,7 @@ async def start(
         service: The models.
         settings: Where and how; by default a free port on the loopback interface.
         regions: Shared memory, if it is shared with another front end.
+        lender: Where each client has models of its own, tells them apart; calls then go to what it returns.
 
     Raises:
         BackendUnavailable: gRPC or protobuf is not installed.
@@ -40,4 +45,4 @@ async def start(
         raise BackendUnavailable(
             f"The gRPC front end needs a package that is missing: {error}.", hint="pip install 'accelrt[serve]'"
         ) from error
-    return await serve(service, settings or GrpcSettings(), regions)
+    return await serve(service, settings or GrpcSettings(), regions, lender)

@@ -24,9 +24,11 @@ class Keys:
 
     def admit(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
         """Tell whether a call may be made: no keys are set, the method is open to all, or it carries a key."""
-        if not self._digests or method in _OPEN:
-            return True
-        found = False
+        return not self._digests or method in _OPEN or self.who(metadata) is not None
+
+    def who(self, metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
+        """Return a name for the key that a call carries, which does not open what the key does; None without one."""
+        found: bytes | None = None
         for name, value in metadata:
             if name not in ("authorization", "x-api-key") or isinstance(value, bytes):
                 continue
@@ -34,8 +36,9 @@ class Keys:
             key = rest.strip() if name == "authorization" and scheme.lower() == "bearer" else value
             given = _digest(key)
             for digest in self._digests:
-                found |= hmac.compare_digest(given, digest)
-        return found
+                if hmac.compare_digest(given, digest):
+                    found = digest
+        return None if found is None else found.hex()
 
 
 def _digest(key: str) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf import json_format
@@ -10,7 +10,6 @@ from google.protobuf import json_format
 import accelrt
 from accelrt.errors import NotAllowed, RequestError
 from accelrt.protocol.messages import METHODS, message
-from accelrt.serve.extensions import extensions
 from accelrt.serve.grpc.access import is_local
 from accelrt.serve.interface import Duration, Service, is_ready
 from accelrt.serve.shared_memory import SharedMemoryRegistry
@@ -28,8 +27,8 @@ ABSENT: Mapping[str, str] = {
 class Control:
     """Answers everything but inference. Each method takes a request's message and the caller's peer."""
 
-    def __init__(self, service: Service, regions: SharedMemoryRegistry) -> None:
-        self._service, self._regions = service, regions
+    def __init__(self, service: Service, regions: SharedMemoryRegistry, extensions: Sequence[str]) -> None:
+        self._service, self._regions, self._extensions = service, regions, extensions
 
     def methods(self) -> Mapping[str, Callable[[Any, str], Any]]:
         """Return what answers each method, by its name in the protocol."""
@@ -59,12 +58,7 @@ class Control:
         return _reply("ModelReady", ready=is_ready(self._service, request.name, request.version))
 
     async def server_metadata(self, request: Any, peer: str) -> Any:
-        return _reply(
-            "ServerMetadata",
-            name="accelrt",
-            version=accelrt.__version__,
-            extensions=extensions(shared_memory=self._regions.enabled),
-        )
+        return _reply("ServerMetadata", name="accelrt", version=accelrt.__version__, extensions=self._extensions)
 
     async def model_metadata(self, request: Any, peer: str) -> Any:
         found = (await self._service.model(request.name, request.version)).metadata

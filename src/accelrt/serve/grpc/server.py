@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from time import monotonic_ns
 from typing import Any
 
 import grpc
 
-from accelrt.errors import AccelrtError, ModelUnavailable, OptionError, RequestError, ServingError
+from accelrt.errors import AccelrtError, ModelUnavailable, NotAllowed, OptionError, RequestError, ServingError
 from accelrt.protocol.faults import KIND, RETRY_AFTER, code_of
+from accelrt.protocol.leases import TOKEN, is_token
 from accelrt.protocol.messages import METHODS
 from accelrt.protocol.wire import read_request, write_stream_response
+from accelrt.serve.extensions import extensions
 from accelrt.serve.grpc.access import Keys
 from accelrt.serve.grpc.control import ABSENT, Control, local_regions
 from accelrt.serve.grpc.settings import GrpcSettings
 from accelrt.serve.grpc.tensors import request_of, response_of, uses_shared_memory
-from accelrt.serve.interface import ServedModel, Service
+from accelrt.serve.interface import Lending, ServedModel, Service
 from accelrt.serve.shared_memory import SharedMemoryRegistry
 
 _LOG = logging.getLogger(__name__)
@@ -42,14 +44,16 @@ class Handle:
         await self._server.stop(grace_s)
 
 
-async def serve(service: Service, settings: GrpcSettings, regions: SharedMemoryRegistry | None) -> Handle:
+async def serve(
+    service: Service, settings: GrpcSettings, regions: SharedMemoryRegistry | None, lender: Lending | None = None
+) -> Handle:
     """Start a server; see `accelrt.serve.grpc.start`."""
     if regions is None:
         regions = SharedMemoryRegistry(enabled=settings.shared_memory, largest=settings.max_message_bytes)
     credentials = _credentials(settings)
     server = grpc.aio.server(options=_options(settings), maximum_concurrent_rpcs=settings.max_calls)
     stopping = asyncio.Event()
-    front = FrontEnd(service, regions, settings, stopping)
+    front = FrontEnd(service, regions, settings, stopping, lender)
     server.add_generic_rpc_handlers((front,))
     address = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
     try:
@@ -70,16 +74,24 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Finds what answers a method, for callers who may call it."""
 
     def __init__(
-        self, service: Service, regions: SharedMemoryRegistry, settings: GrpcSettings, stopping: asyncio.Event
+        self,
+        service: Service,
+        regions: SharedMemoryRegistry,
+        settings: GrpcSettings,
+        stopping: asyncio.Event,
+        lender: Lending | None = None,
     ) -> None:
         self._service, self._regions, self._settings, self._stopping = service, regions, settings, stopping
+        self._lender = lender
+        # Regions are the whole server's, and clients who share a machine may not read each other's.
+        offered = extensions(shared_memory=regions.enabled)
+        self._extensions = (*offered, *(lender.extensions if lender is not None else ()))
         self._keys = Keys(settings.api_keys)
         self._refused = grpc.stream_stream_rpc_method_handler(_refuse_key)
-        control = Control(service, regions).methods()
         self._handlers = {
             "ModelInfer": grpc.unary_unary_rpc_method_handler(self.infer),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self.stream),
-            **{name: _control_handler(name, method) for name, method in control.items()},
+            **{name: self._control_handler(name) for name in self._control(service)},
             **{name: grpc.unary_unary_rpc_method_handler(_absent(reason)) for name, reason in ABSENT.items()},
         }
         self._handlers = {METHODS[name].path: handler for name, handler in self._handlers.items()}
@@ -130,6 +142,37 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
                 one.cancel()
             await asyncio.gather(*left, return_exceptions=True)
 
+    def _of(self, context: Any) -> Service:
+        """Return what the caller may ask: the service, or where slices are lent, its own."""
+        if self._lender is None:
+            return self._service
+        metadata = context.invocation_metadata()
+        token = next((value for name, value in metadata if name == TOKEN), None)
+        if token is not None and not (isinstance(token, str) and is_token(token)):
+            raise NotAllowed(
+                f"The metadata {TOKEN} is no token: those are 32 to 128 letters, digits, '-' and '_'.",
+                hint='Make one with: python -c "import secrets; print(secrets.token_urlsafe(32))"',
+            )
+        return self._lender.of(self._keys.who(metadata), token)
+
+    def _control(self, service: Service) -> Mapping[str, Callable[[Any, str], Awaitable[Any]]]:
+        return Control(service, self._regions, self._extensions).methods()
+
+    def _control_handler(self, name: str) -> Any:
+        method = METHODS[name]
+
+        async def handle(request: Any, context: Any) -> Any:
+            try:
+                return await self._control(self._of(context))[name](request, context.peer())
+            except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a status and the server goes on
+                return await _abort(context, error)
+
+        return grpc.unary_unary_rpc_method_handler(
+            handle,
+            request_deserializer=method.request.FromString,
+            response_serializer=method.response.SerializeToString,
+        )
+
     async def health(self, data: bytes, context: Any) -> bytes:
         """Answer ``grpc.health.v1.Health/Check``; whatever service is named, the answer is the server's."""
         return _SERVING if self._service.ready() and not self._stopping.is_set() else _NOT_SERVING
@@ -139,9 +182,10 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
         wire = read_request(data)
         if uses_shared_memory(wire):
             local_regions(self._regions, context.peer())
-        model: ServedModel | None = self._service.find(wire.model_name, wire.model_version)
+        service = self._service if self._lender is None else self._of(context)
+        model: ServedModel | None = service.find(wire.model_name, wire.model_version)
         if model is None:
-            model = await self._service.model(wire.model_name, wire.model_version)
+            model = await service.model(wire.model_name, wire.model_version)
         request, answering = request_of(wire, self._regions, arrived)
         if not streamed and (left := context.time_remaining()) is not None:
             # What is not begun when the client stops waiting need not be begun at all.
@@ -169,20 +213,6 @@ def _error_head(data: bytes) -> list[bytes | memoryview]:
     except RequestError:
         return []
     return write_response(wire.model_name, wire.model_version, {}, id=wire.id)
-
-
-def _control_handler(name: str, answer: Callable[[Any, str], Awaitable[Any]]) -> Any:
-    method = METHODS[name]
-
-    async def handle(request: Any, context: Any) -> Any:
-        try:
-            return await answer(request, context.peer())
-        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a status and the server goes on
-            return await _abort(context, error)
-
-    return grpc.unary_unary_rpc_method_handler(
-        handle, request_deserializer=method.request.FromString, response_serializer=method.response.SerializeToString
-    )
 
 
 def _absent(reason: str) -> Callable[[bytes, Any], Awaitable[bytes]]:

@@ -65,6 +65,7 @@ class Facts:
         rows_proved: Whether calls may share a run.
         rows_reason: Why, or why not.
         placement: How many nodes run on each engine.
+        program_bytes: The files that its programs are loaded from.
     """
 
     signature: Signature
@@ -75,6 +76,7 @@ class Facts:
     rows_proved: bool = False
     rows_reason: str = ""
     placement: Mapping[str, int] = field(default_factory=dict)
+    program_bytes: int = 0
 
 
 def defaults_for(path: Path, defaults: ModelSettings) -> ModelSettings:
@@ -386,9 +388,11 @@ def _reshaped(values: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]]
     return changed
 
 
-def facts_with(facts: Facts, signature: Signature, proved: tuple[bool, str]) -> Facts:
-    """Return facts with the signature that clients see, and what is known of its rows."""
-    return replace(facts, signature=signature, rows_proved=proved[0], rows_reason=proved[1])
+def facts_with(facts: Facts, signature: Signature, proved: tuple[bool, str], program_bytes: int) -> Facts:
+    """Return facts with the signature that clients see, what is known of its rows, and the bytes of its files."""
+    return replace(
+        facts, signature=signature, rows_proved=proved[0], rows_reason=proved[1], program_bytes=program_bytes
+    )
 
 
 # Warm-up

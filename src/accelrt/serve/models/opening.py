@@ -21,6 +21,7 @@ from accelrt.serve.models.loading import (
     facts_with,
     hold_against,
     open_predictor,
+    program_bytes,
     reshaping,
     rows_of,
     wants_process,
@@ -30,6 +31,7 @@ from accelrt.serve.models.process import IsolatedPredictor
 from accelrt.serve.models.records import Plan
 from accelrt.serve.models.served import DirectGate, LiveModel, bytes_of
 from accelrt.serve.models.statistics import VersionStatistics
+from accelrt.serve.models.wishes import placement_note
 
 logger = logging.getLogger("accelrt")
 
@@ -87,7 +89,7 @@ def open_version(
     else:
         predictor, facts = open_predictor(artifact, settings, config)
     try:
-        facts = facts_with(facts, signature, proof)
+        facts = facts_with(facts, signature, proof, program_bytes(artifact))
         predict = reshaping(predictor.predict, reshapes)
         # A call to another process could hold up an event loop for as long as that hangs.
         gate = DirectGate(0 if isolated is not None else direct_us)
@@ -95,7 +97,7 @@ def open_version(
             _warm_up(predict, facts, plan, gate, name)
         policy = policy_of(settings, config, proof[0])
         metadata = metadata_of(name, versions, facts)
-        notes = {"accelrt.batching": proof[1]}
+        notes = {"accelrt.batching": proof[1], **placement_note(artifact)}
         note = ""
         if (not proof[0] and (settings.max_batch_size or 1) > 1) or (
             config is not None and config.batching and not proof[0]

@@ -38,6 +38,7 @@ from accelrt.serve.models.served import LiveModel
 from accelrt.serve.models.settings import DEFAULT_MAX_QUEUE, ServiceSettings, merged
 from accelrt.serve.models.statistics import VersionStatistics
 from accelrt.serve.models.uploads import UploadedFiles, Uploads
+from accelrt.serve.models.wishes import with_wishes
 
 logger = logging.getLogger("accelrt")
 
@@ -304,6 +305,7 @@ class ModelService:
                     p99_ms=latency.p99_ms,
                     waiting=slot.waiters + (0 if live is None else live.queue.waiting),
                     resident_bytes=0 if facts is None else facts.resident_bytes,
+                    program_bytes=0 if facts is None else facts.program_bytes,
                     placement={} if facts is None else facts.placement,
                     batching="" if facts is None else facts.rows_reason,
                     pinned=slot.plan.settings.pinned,
@@ -498,6 +500,7 @@ class ModelService:
             own = path.parent if path.parent.name == version else path
             stamp = tuple(row for row in found.stamp if row[0] == str(own) or row[0].startswith(f"{own}/"))
             settings = merged(found.settings, defaults_for(path, self.settings.defaults))
+            settings = with_wishes(settings, found.config)
             plan = Plan(path, stamp, found.config, settings, uploads)
             with self._lock:
                 slot = entry.slots.get(version)
