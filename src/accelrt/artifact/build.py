@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ logger = logging.getLogger("accelrt")
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many of it are done, and how many there are."""
+
+
+@cache  # reading it takes as long as a quarter of a load
+def _version() -> str:
+    return version("accelrt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,7 @@ class BuildRequest:
     def key(self, graph: Graph, check: Check | None = None) -> str:
         """Return the name under which the result is cached: model, toolchains, options, format, check, tuning."""
         facts = {
-            "accelrt": version("accelrt"),
+            "accelrt": _version(),
             "schema": SCHEMA,
             "graph": graph.digest,
             "target": self.target,
@@ -255,7 +261,7 @@ def _compile_into(
     weights.close()
     write_placement(folder, merge(placements).to_json())
     manifest = Manifest(
-        accelrt=version("accelrt"),
+        accelrt=_version(),
         target=request.target,
         signature=graph.signature,
         segments=tuple(segments),

@@ -129,6 +129,7 @@ class ModelSnapshot:
         placement: Nodes on each engine.
         batching: Whether requests may share runs, and why or why not.
         pid: Of its worker process, None if it has none.
+        loads: How often it was loaded, since the server was started.
     """
 
     name: str
@@ -147,6 +148,7 @@ class ModelSnapshot:
     pinned: bool
     pid: int | None
     restarts: int
+    loads: int = 0
 
 
 class ServedModel(Protocol):

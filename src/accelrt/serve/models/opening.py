@@ -27,7 +27,7 @@ from accelrt.serve.models.loading import (
 )
 from accelrt.serve.models.process import IsolatedPredictor
 from accelrt.serve.models.records import Plan
-from accelrt.serve.models.served import DirectGate, LiveModel, bytes_of
+from accelrt.serve.models.served import DirectGate, LiveModel, Loads, bytes_of
 from accelrt.serve.models.statistics import VersionStatistics
 
 logger = logging.getLogger("accelrt")
@@ -54,6 +54,7 @@ def open_version(
     *,
     trust: bool,
     direct_us: float,
+    loads: Loads,
     proof: tuple[bool, str] | None,
     versions: Sequence[str],
     again: Callable[[str, str], Awaitable[ServedModel]],
@@ -62,6 +63,7 @@ def open_version(
     """Load a version.
 
     Args:
+        loads: What is being loaded, as for `DirectGate`.
         proof: Whether its rows are independent, if that is known from an earlier load.
         versions: Those that its metadata names.
         again: As for `LiveModel`.
@@ -89,7 +91,7 @@ def open_version(
         facts = facts_with(facts, signature, proof)
         predict = reshaping(predictor.predict, reshapes)
         # A call to another process could hold up an event loop for as long as that hangs.
-        gate = DirectGate(0 if isolated is not None else direct_us)
+        gate = DirectGate(0 if isolated is not None else direct_us, loads)
         if settings.warmup:
             _warm_up(predict, facts, plan, gate, name)
         policy = policy_of(settings, config, proof[0])

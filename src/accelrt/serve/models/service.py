@@ -33,7 +33,7 @@ from accelrt.serve.models.opening import Opened, open_version
 from accelrt.serve.models.records import Entry, Plan, Slot
 from accelrt.serve.models.repository import Repository, RepositoryModel, check_name, choose_versions, model_file
 from accelrt.serve.models.residency import Residency, Resident
-from accelrt.serve.models.served import LiveModel
+from accelrt.serve.models.served import LiveModel, Loads
 from accelrt.serve.models.settings import DEFAULT_MAX_QUEUE, ServiceSettings, merged
 from accelrt.serve.models.statistics import VersionStatistics
 from accelrt.serve.models.uploads import UploadedFiles, Uploads
@@ -76,6 +76,7 @@ class ModelService:
         self._stop = threading.Event()
         self._poller: threading.Thread | None = None
         self._scanned_at = 0.0
+        self._loads = Loads()
 
     # Life
 
@@ -305,6 +306,7 @@ class ModelService:
                     pinned=slot.plan.settings.pinned,
                     pid=None if slot.predictor is None else slot.predictor.pid,
                     restarts=0 if slot.predictor is None else slot.predictor.restarts,
+                    loads=slot.loads,
                 )
             )
         return rows
@@ -517,18 +519,20 @@ class ModelService:
         self.residency.reserve(token, Resident(slot.name, expected), wait_s=wait_s, evict=evict, replaces=slot.token)
         statistics = VersionStatistics() if fresh else slot.statistics
         try:
-            opened = open_version(
-                slot.name,
-                slot.version,
-                plan,
-                statistics,
-                trust=self.settings.trust,
-                direct_us=self.settings.direct_us,
-                proof=None if fresh else slot.proof,
-                versions=self._versions(slot),
-                again=self.model,
-                changed=partial(self._worker_changed, slot, token),
-            )
+            with self._loads:
+                opened = open_version(
+                    slot.name,
+                    slot.version,
+                    plan,
+                    statistics,
+                    trust=self.settings.trust,
+                    direct_us=self.settings.direct_us,
+                    loads=self._loads,
+                    proof=None if fresh else slot.proof,
+                    versions=self._versions(slot),
+                    again=self.model,
+                    changed=partial(self._worker_changed, slot, token),
+                )
         except BaseException as error:
             self.residency.release(token)
             if isinstance(error, AccelrtError):
@@ -554,6 +558,7 @@ class ModelService:
             slot.state, slot.reason = "READY", opened.note
             slot.on_demand = slot.ever_loaded = True
             slot.failures, slot.retry_at = 0, 0.0
+            slot.loads += 1
             self._publish(slot.name)
         # Only now: whoever makes room must find what it is to unload.
         self.residency.settle(
