@@ -49,6 +49,7 @@ PINNED = 4
 PROBES, PROBE_S = 2, 0.01
 QUIET_SHARE = 0.1
 """Of the time goes to the part without loads."""
+STOPPED_S = 2.0
 BOUND_MS = 25.0
 """What loads may add to the p99 of a model that stays in memory, with a hundred loads a second on two shared cores."""
 
@@ -63,12 +64,26 @@ def line(slope: float) -> onnx.ModelProto:
 
 # Over HTTP
 
+_COUNTS = ("sent", "right", "wrong", "refused", "lost", "reconnected", "stopped")
+
 
 @dataclass
 class Counts:
-    """What clients saw. ``lost`` had no answer, ``refused`` a typed error."""
+    """What clients saw.
+
+    Attributes:
+        lost: No answer.
+        refused: A typed error.
+        reconnected: The connection had been closed while nothing was under way on it, and the request went out on a new
+            one, as clients of HTTP do.
+        stopped: Requests under way while all of this was stopped from outside for more than `STOPPED_S`, as a machine
+            that is shared may do; their times say nothing, and those that were refused for waiting are not counted as
+            refused.
+    """
 
     sent: int = 0
+    reconnected: int = 0
+    stopped: int = 0
     right: int = 0
     wrong: int = 0
     refused: int = 0
@@ -78,7 +93,7 @@ class Counts:
 
     def add(self, other: Counts) -> None:
         """Add another's."""
-        for name in ("sent", "right", "wrong", "refused", "lost"):
+        for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.waits_ms += other.waits_ms
         self.errors = (self.errors + other.errors)[:10]
@@ -87,7 +102,7 @@ class Counts:
         """Return it as JSON, with percentiles in place of the times."""
         waits = np.array(self.waits_ms or [float("nan")])
         p50, p99 = (float(np.percentile(waits, share)) for share in (50, 99))
-        counts = {name: getattr(self, name) for name in ("sent", "right", "wrong", "refused", "lost")}
+        counts = {name: getattr(self, name) for name in _COUNTS}
         return {**counts, "p50_ms": p50, "p99_ms": p99, "most_ms": float(waits.max()), "errors": self.errors}
 
 
@@ -103,12 +118,17 @@ class Connection:
         """Ask model ``number`` once, and count what comes of it."""
         counts.sent += 1
         start = time.perf_counter()
+        used = self.writer is not None
         try:
-            if self.writer is None:
-                self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+            try:
+                head = await self._exchange(number, value)
+            except (ConnectionError, asyncio.IncompleteReadError) as error:
+                if not used or getattr(error, "partial", b""):
+                    raise
+                self.writer = None
+                counts.reconnected += 1
+                head = await self._exchange(number, value)
             assert self.reader is not None
-            self.writer.write(_request(number, value))
-            head = await self.reader.readuntil(b"\r\n\r\n")
             length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
             body = await self.reader.readexactly(length)
         except (OSError, EOFError, ValueError) as error:
@@ -116,14 +136,42 @@ class Connection:
             counts.errors.append(f"{type(error).__name__}: {error}")
             self.writer = None
             return
-        counts.waits_ms.append((time.perf_counter() - start) * 1e3)
+        stopped = Clock.stopped_at >= start
+        counts.stopped += stopped
+        if not stopped:
+            counts.waits_ms.append((time.perf_counter() - start) * 1e3)
         if head[9:12] != b"200":
-            counts.refused += 1
-            counts.errors.append(body[:200].decode("latin-1"))
+            if not stopped:
+                counts.refused += 1
+                counts.errors.append(body[:200].decode("latin-1"))
             return
         found = np.frombuffer(body[-4 * WIDTH :], "<f4")
         right = f'"m{number}"'.encode() in body[: -4 * WIDTH] and bool((found == value * (number + 1)).all())
         counts.right, counts.wrong = counts.right + right, counts.wrong + (not right)
+
+    async def _exchange(self, number: int, value: float) -> bytes:
+        """Send a request, and return the head of its answer."""
+        if self.writer is None:
+            self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+        assert self.reader is not None
+        self.writer.write(_request(number, value))
+        return await self.reader.readuntil(b"\r\n\r\n")
+
+
+class Clock:
+    """Tells when this process was last stopped from outside."""
+
+    stopped_at = -1.0
+
+    @classmethod
+    async def watch(cls) -> None:
+        """Look at the time again and again."""
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.05)
+            if time.perf_counter() - before > STOPPED_S:
+                # The server goes on a moment later; what is answered until then was under way.
+                cls.stopped_at = time.perf_counter() + 1.0
 
 
 def _request(number: int, value: float) -> bytes:
@@ -140,6 +188,7 @@ def probe(port: int, seconds: float, seed: int) -> Counts:
     """Ask for pinned models at a steady rate; in a process of its own."""
 
     async def run() -> Counts:
+        watch = asyncio.create_task(Clock.watch())
         counts, generator, connection = Counts(), np.random.default_rng(seed), Connection(port)
         until = due = time.monotonic()
         until += seconds
@@ -147,6 +196,7 @@ def probe(port: int, seconds: float, seed: int) -> Counts:
             await connection.ask(int(generator.integers(PINNED)), float(generator.integers(1, 1000)), counts)
             due = max(due + PROBE_S, time.monotonic() - 1.0)
             await asyncio.sleep(max(0.0, due - time.monotonic()))
+        watch.cancel()
         return counts
 
     return asyncio.run(run())
@@ -163,8 +213,10 @@ def roam(port: int, seconds: float, seed: int, clients: int, models: int) -> Cou
             await asyncio.sleep(float(generator.exponential(0.02)))
 
     async def run() -> Counts:
+        watch = asyncio.create_task(Clock.watch())
         counts, until = Counts(), time.monotonic() + seconds
         await asyncio.gather(*(client(seed + n, until, counts) for n in range(clients)))
+        watch.cancel()
         return counts
 
     return asyncio.run(run())
@@ -255,6 +307,7 @@ def over_http(root: Path, asked: argparse.Namespace) -> bool:
     result: dict[str, Any] = {
         "title": f"{asked.models} models, room for {asked.resident}, {asked.clients} clients and {PROBES} probes",
         "machine": machine(),
+        "load_average": os.getloadavg(),
         "without_loads": quiet,
         "with_loads": {**loading, "loads": loads, "loads_a_second": loads / loading["seconds"]},
         "added_p99_ms": added,
@@ -280,13 +333,14 @@ def loads_of(port: int) -> int:
 def _report(result: Mapping[str, Any]) -> None:
     print(result["title"])
     print(result["machine"])
+    print("load average", *(f"{value:.1f}" for value in result["load_average"]))
     for name in ("without_loads", "with_loads"):
         one = result[name]
         for who in ("others", "pinned"):
             row = one[who]
             print(
                 f"{name:14} {who:7} sent {row['sent']:7}, right {row['right']:7}, wrong {row['wrong']}, refused "
-                f"{row['refused']}, lost {row['lost']}; p50 {row['p50_ms']:.3g} ms, p99 {row['p99_ms']:.3g} ms, most "
+                f"{row['refused']}, lost {row['lost']}, reconnected {row['reconnected']}, while stopped {row['stopped']}; p50 {row['p50_ms']:.3g} ms, p99 {row['p99_ms']:.3g} ms, most "
                 f"{row['most_ms']:.3g} ms"
             )
             for error in row["errors"]:

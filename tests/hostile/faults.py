@@ -7,13 +7,17 @@ needs; it prints its counts as JSON.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import heapq
 import itertools
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -71,6 +75,8 @@ class Tally:
         lost: No answer and no error.
         doubled: A second answer to one request.
         wrong: An answer that belongs to another request, or is wrong.
+        slowest_s: The longest that a request took.
+        stopped_s: How long this process did not run at all, as happens on machines that are shared.
     """
 
     name: str
@@ -83,6 +89,7 @@ class Tally:
     doubled: int = 0
     wrong: int = 0
     slowest_s: float = 0.0
+    stopped_s: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -150,6 +157,14 @@ def under_load(tally: Tally, client: Client, threads: int) -> Iterator[threading
         except BaseException as error:
             crashed.append(error)
 
+    def watch() -> None:
+        while not stop.is_set():
+            before = time.monotonic()
+            time.sleep(0.05)
+            gap = time.monotonic() - before
+            tally.stopped_s += gap if gap > 0.5 else 0.0
+
+    threading.Thread(target=watch, daemon=True).start()
     started = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
     for thread in started:
         thread.start()
@@ -199,6 +214,7 @@ def over_http(port: int, model: str = "three", *, host: str = "127.0.0.1", pause
             else:
                 said = bool(answer.body) and "error" in answer.json
                 tally.error(f"{answer.status}" if said else f"{answer.status} without a reason", since)
+                stop.wait(0.02)
             if answer.headers.get("connection") == "close":
                 raw = _close(raw)
             stop.wait(pause_s)
@@ -268,7 +284,7 @@ def over_eia(session: Any, pause_s: float = 0.001) -> Client:
             try:
                 found = session.predict({"x": np.full((1, WIDTH), number, np.float32)})["y"]
             except AccelrtError as error:
-                tally.error(type(error).__name__, since)
+                tally.error(type(error.__cause__ or error).__name__, since)
             else:
                 tally.judge(found, number, since)
             stop.wait(pause_s)
@@ -395,43 +411,105 @@ class CuttingProxy:
 
 def why_no_namespaces() -> str:
     """Return why network namespaces cannot be had here, empty if they can."""
-    if shutil.which("ip") is None or shutil.which("tc") is None:
-        return "ip and tc (iproute2) are not installed"
+    if shutil.which("ip") is None:
+        return "ip (iproute2) is not installed"
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        return "/dev/net/tun cannot be opened"
     made = subprocess.run(["ip", "netns", "add", "accelrt-try"], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "del", "accelrt-try"], capture_output=True)
     return "" if made.returncode == 0 else f"network namespaces cannot be made: {made.stderr.strip()}"
 
 
+@dataclass(frozen=True)
+class Weather:
+    """What befalls packets, as ``tc netem`` has it: shares from 0 to 1, times in seconds."""
+
+    delay_s: float = 0.0
+    jitter_s: float = 0.0
+    loss: float = 0.0
+    doubled: float = 0.0
+    turned_round: float = 0.0
+    """Sent at once, before those that wait out their delay."""
+
+
 class Network:
-    """Two network namespaces and a cable between them."""
+    """Two network namespaces and a wire between them, on which every packet can be delayed, doubled and lost.
+
+    The wire does in user space what ``tc netem`` does in kernels that have its module: each end is a TUN device, and a
+    thread carries packets from one to the other.
+    """
 
     server_address, client_address = "10.213.7.1", "10.213.7.2"
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         tag = uuid.uuid4().hex[:6]
         self.server, self.client = f"accelrt-s{tag}", f"accelrt-c{tag}"
-        ends = f"as{tag}", f"ac{tag}"
-        for name in (self.server, self.client):
+        self.weather = Weather()
+        self.carried, self.lost, self.doubled = 0, 0, 0
+        self._random, self._due, self._stopped = random.Random(seed), [], False  # type: ignore[var-annotated]
+        self._changed = threading.Condition()
+        self._order = itertools.count()
+        self._ends: list[int] = []
+        for name, mine, other in (
+            (self.server, self.server_address, self.client_address),
+            (self.client, self.client_address, self.server_address),
+        ):
+            device = f"wire{tag}"
             self._do("ip", "netns", "add", name)
-        self._do("ip", "link", "add", ends[0], "netns", self.server, "type", "veth", "peer", "name", ends[1], "netns", self.client)  # fmt: skip
-        self._ends = dict(zip((self.server, self.client), ends, strict=True))
-        for name, address in ((self.server, self.server_address), (self.client, self.client_address)):
-            self._do("ip", "-n", name, "addr", "add", f"{address}/24", "dev", self._ends[name])
-            for device in ("lo", self._ends[name]):
-                self._do("ip", "-n", name, "link", "set", device, "up")
-
-    def weather(self, *rules: str) -> None:
-        """Let both ends behave as ``tc netem`` is told: ``delay 20ms 10ms``, ``loss 5%``; nothing for a good cable."""
-        for name, end in self._ends.items():
-            subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", end, "root"], capture_output=True)
-            if rules:
-                self._do("tc", "-n", name, "qdisc", "add", "dev", end, "root", "netem", *rules)
+            # Made where this process is, so that it can be opened here, and moved with its end in hand.
+            end = os.open("/dev/net/tun", os.O_RDWR)
+            fcntl.ioctl(end, _TUNSETIFF, struct.pack("16sH", device.encode(), _IFF_TUN | _IFF_NO_PI))
+            self._do("ip", "link", "set", device, "netns", name)
+            self._do("ip", "-n", name, "addr", "add", mine, "peer", other, "dev", device)
+            for each in ("lo", device):
+                self._do("ip", "-n", name, "link", "set", each, "up")
+            self._ends.append(end)
+        for source, sink in (self._ends, self._ends[::-1]):
+            threading.Thread(target=self._take, args=(source, sink), daemon=True).start()
+        threading.Thread(target=self._deliver, daemon=True).start()
 
     def unplug(self) -> None:
         """Lose every packet, so that neither side hears of the end of the other."""
-        self.weather("loss", "100%")
+        self.weather = Weather(loss=1.0)
+
+    def _take(self, source: int, sink: int) -> None:
+        while not self._stopped:
+            ready, _, _ = select.select([source], [], [], 0.2)
+            if not ready:
+                continue
+            try:
+                packet = os.read(source, 65536)
+            except OSError:
+                return
+            weather, draw = self.weather, self._random.random
+            if draw() < weather.loss:
+                self.lost += 1
+                continue
+            copies = 1 + (draw() < weather.doubled)
+            self.doubled += copies - 1
+            with self._changed:
+                for _ in range(copies):
+                    waits = 0.0 if draw() < weather.turned_round else weather.delay_s + draw() * weather.jitter_s
+                    heapq.heappush(self._due, (time.monotonic() + waits, next(self._order), sink, packet))
+                self._changed.notify()
+
+    def _deliver(self) -> None:
+        while not self._stopped:
+            with self._changed:
+                left = self._due[0][0] - time.monotonic() if self._due else 0.2
+                if left > 0:
+                    self._changed.wait(left)
+                    continue
+                _, _, sink, packet = heapq.heappop(self._due)
+            with contextlib.suppress(OSError):
+                os.write(sink, packet)
+                self.carried += 1
 
     def close(self) -> None:
+        self._stopped = True
+        time.sleep(0.3)
+        for end in self._ends:
+            os.close(end)
         for name in (self.server, self.client):
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
@@ -444,6 +522,10 @@ class Network:
     @staticmethod
     def _do(*command: str) -> None:
         subprocess.run(command, check=True, capture_output=True)
+
+
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+"""Of ``linux/if_tun.h``."""
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from accelrt.serve.models.residency import Residency, Resident
 from accelrt.serve.models.served import LiveModel, Loads
 from accelrt.serve.models.settings import DEFAULT_MAX_QUEUE, ServiceSettings, merged
 from accelrt.serve.models.statistics import VersionStatistics
-from accelrt.serve.models.uploads import UploadedFiles, Uploads
+from accelrt.serve.models.uploads import DISK_FULL, DISK_IS_FULL, UploadedFiles, Uploads
 
 logger = logging.getLogger("accelrt")
 
@@ -323,6 +323,8 @@ class ModelService:
             raise ModelUnavailable("The server is shutting down.")
         entry = self._entries.get(name)
         if entry is None:
+            if not self._started:  # the front ends listen already, and a client should not be told that it is not there
+                raise _later(f"The server is starting and does not know of model {name[:80]!r} yet.", 1.0)
             raise self._not_found(name)
         if version:
             slots = [entry.slots[version]] if version in entry.slots else []
@@ -769,6 +771,10 @@ def _asked_in_vain(name: str, error: BaseException) -> BaseException:
     """Return what a client is told whose load failed."""
     if not isinstance(error, AccelrtError) or isinstance(error, ModelNotFound | RequestError | ModelUnavailable):
         return error
+    if isinstance(error.__cause__, OSError) and error.__cause__.errno in DISK_FULL:
+        told_later = _later(f"Model {name!r} cannot be loaded now: {DISK_IS_FULL}", 10.0)
+        told_later.__cause__ = error
+        return told_later
     told = RequestError(f"Model {name!r} cannot be loaded: {error.message}", hint=error.hint)
     told.__cause__ = error
     return told
