@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -87,9 +88,14 @@ def one_core_each(options: Options) -> Options:
     return replace(options, engines=engines)
 
 
+@cache  # a server that loads models as they are asked for would spend a third of a load on evaluating annotations
+def _hints(cls: type) -> Mapping[str, Any]:
+    return get_type_hints(cls)
+
+
 def _checked(key: str, value: Any, cls: type, name: str) -> Any:
     """Check a value against its field's annotation, as far as that names plain classes."""
-    hint = get_type_hints(cls)[name]
+    hint = _hints(cls)[name]
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if Any in kinds or not all(isinstance(kind, type) for kind in kinds):  # `Any` is a class, and says nothing
         return value

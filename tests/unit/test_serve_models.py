@@ -158,7 +158,7 @@ def test_the_gate_follows_the_95th_percentile() -> None:
         closed = 0
         for _ in range(count):
             if generator.random() < slow:
-                gate.slow(8)
+                gate.slow(8, 1_000_000)
             elif gate.score:
                 gate.score -= 1
             closed += gate.score > 100

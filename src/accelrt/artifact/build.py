@@ -8,6 +8,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ from accelrt.registry import Candidate
 
 logger = logging.getLogger("accelrt")
 
+
+
+@cache  # reading it takes as long as a quarter of a load
+def _version() -> str:
+    return version("accelrt")
 
 @dataclass(frozen=True, slots=True)
 class BuildRequest:
@@ -74,7 +80,7 @@ class BuildRequest:
     def key(self, graph: Graph, check: Check | None = None) -> str:
         """Return the name under which the result is cached: model, toolchains, options, format, check, tuning."""
         facts = {
-            "accelrt": version("accelrt"),
+            "accelrt": _version(),
             "schema": SCHEMA,
             "graph": graph.digest,
             "target": self.target,
@@ -206,7 +212,7 @@ def _compile_into(
     weights.close()
     write_placement(folder, merge(placements).to_json())
     manifest = Manifest(
-        accelrt=version("accelrt"),
+        accelrt=_version(),
         target=request.target,
         signature=graph.signature,
         segments=tuple(segments),

@@ -130,6 +130,7 @@ class ModelSnapshot:
         placement: Nodes on each engine.
         batching: Whether requests may share runs, and why or why not.
         pid: Of its worker process, None if it has none.
+        loads: How often it was loaded, since the server was started.
     """
 
     name: str
@@ -149,6 +150,7 @@ class ModelSnapshot:
     pid: int | None
     restarts: int
     program_bytes: int = 0
+    loads: int = 0
 
 
 class ServedModel(Protocol):

@@ -55,6 +55,7 @@ class ModelCollector(Collector):
         restarts = CounterMetricFamily(
             "accelrt_model_worker_restarts", "Times that a version's worker process was started again", labels=_LABELS
         )
+        loads = CounterMetricFamily("accelrt_model_loads", "Times that a version was loaded", labels=_LABELS)
         latency = GaugeMetricFamily(
             "accelrt_request_latency_seconds",
             "Time from a request's arrival to its answer, since the version was loaded",
@@ -65,10 +66,11 @@ class ModelCollector(Collector):
             ready.add_metric(labels, float(one.state == "READY"))
             held.add_metric(labels, one.resident_bytes)
             restarts.add_metric(labels, one.restarts)
+            loads.add_metric(labels, one.loads)
             for quantile, value in (("0.5", one.p50_ms), ("0.99", one.p99_ms)):
                 if value is not None:
                     latency.add_metric((*labels, quantile), value / 1e3)
-        yield from (ready, held, restarts, latency)
+        yield from (ready, held, restarts, loads, latency)
         info = GaugeMetricFamily("accelrt_info", "The server's version", labels=("version",))
         info.add_metric((accelrt.__version__,), 1)
         yield info

@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, cast
@@ -22,6 +23,9 @@ logger = logging.getLogger("accelrt.serve")
 EXTRA_HINT = "Install it with: pip install 'accelrt[serve]'"
 _LEAST_DRAIN_S = 2.0
 """For unloading models, even if the front ends took all the time there was."""
+SWITCH_S = 0.0005
+"""How long a thread may keep Python's interpreter lock that another waits for. While models are loaded, the front end
+waits so long each time it has let go of the lock; Python's own 5 ms would be most of what such a request takes."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -106,6 +110,7 @@ def serve(
     Raises:
         AccelrtError: The server cannot start.
     """
+    sys.setswitchinterval(SWITCH_S)
     make_loop = _loop_factory()
     with asyncio.Runner(loop_factory=make_loop) as runner:
         runner.run(_serve(settings, announce, make_service or _model_service))

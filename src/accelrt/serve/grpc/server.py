@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from time import monotonic_ns
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from accelrt.errors import AccelrtError, ModelUnavailable, NotAllowed, OptionError, RequestError, ServingError
 from accelrt.protocol.faults import KIND, RETRY_AFTER, code_of
@@ -28,6 +30,8 @@ _LOG = logging.getLogger(__name__)
 
 _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"
+STREAM_BYTES = 8 << 20
+"""Bytes of requests of one stream that are under way at a time, or one request that is larger."""
 _LONGEST_DETAILS = 2000
 """Characters of an error's message: it travels in a header, and clients limit those to 8 KiB."""
 
@@ -115,13 +119,21 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
         in_order: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
         room = asyncio.Semaphore(self._settings.stream_window)
         under_way: set[asyncio.Task[Any]] = set()
+        # Answers that the client does not read are kept, so that a count of requests alone would be no bound on memory.
+        held, sizes, answered = 0, deque[int](), asyncio.Event()
 
         async def read() -> None:
+            nonlocal held
             try:
                 async for data in requests:
                     if self._stopping.is_set():
                         break
                     await room.acquire()
+                    while held and held + len(data) > STREAM_BYTES:
+                        answered.clear()
+                        await answered.wait()
+                    held += len(data)
+                    sizes.append(len(data))
                     task = asyncio.ensure_future(self._answer_in_stream(data, context))
                     under_way.add(task)
                     in_order.put_nowait(task)
@@ -133,8 +145,10 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
             while (task := await in_order.get()) is not None:
                 answer = await task
                 under_way.discard(task)
-                room.release()
                 yield answer
+                room.release()
+                held -= sizes.popleft()
+                answered.set()
         finally:
             # The client went away, or all is answered and there is nothing left to cancel.
             left = [reader, *under_way]
@@ -161,17 +175,17 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
     def _control_handler(self, name: str) -> Any:
         method = METHODS[name]
 
-        async def handle(request: Any, context: Any) -> Any:
+        async def handle(data: bytes, context: Any) -> Any:
             try:
+                try:
+                    request = method.request.FromString(data)
+                except DecodeError as error:  # gRPC itself would call it UNKNOWN: a server's own mistake
+                    raise RequestError(f"The request is no {method.request.DESCRIPTOR.name}: {error}") from error
                 return await self._control(self._of(context))[name](request, context.peer())
             except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a status and the server goes on
                 return await _abort(context, error)
 
-        return grpc.unary_unary_rpc_method_handler(
-            handle,
-            request_deserializer=method.request.FromString,
-            response_serializer=method.response.SerializeToString,
-        )
+        return grpc.unary_unary_rpc_method_handler(handle, response_serializer=method.response.SerializeToString)
 
     async def health(self, data: bytes, context: Any) -> bytes:
         """Answer ``grpc.health.v1.Health/Check``; whatever service is named, the answer is the server's."""

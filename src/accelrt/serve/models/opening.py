@@ -29,7 +29,7 @@ from accelrt.serve.models.loading import (
 )
 from accelrt.serve.models.process import IsolatedPredictor
 from accelrt.serve.models.records import Plan
-from accelrt.serve.models.served import DirectGate, LiveModel, bytes_of
+from accelrt.serve.models.served import DirectGate, LiveModel, Loads, bytes_of
 from accelrt.serve.models.statistics import VersionStatistics
 from accelrt.serve.models.wishes import placement_note
 
@@ -57,6 +57,7 @@ def open_version(
     *,
     trust: bool,
     direct_us: float,
+    loads: Loads,
     proof: tuple[bool, str] | None,
     versions: Sequence[str],
     again: Callable[[str, str], Awaitable[ServedModel]],
@@ -65,6 +66,7 @@ def open_version(
     """Load a version.
 
     Args:
+        loads: What is being loaded, as for `DirectGate`.
         proof: Whether its rows are independent, if that is known from an earlier load.
         versions: Those that its metadata names.
         again: As for `LiveModel`.
@@ -92,7 +94,7 @@ def open_version(
         facts = facts_with(facts, signature, proof, program_bytes(artifact))
         predict = reshaping(predictor.predict, reshapes)
         # A call to another process could hold up an event loop for as long as that hangs.
-        gate = DirectGate(0 if isolated is not None else direct_us)
+        gate = DirectGate(0 if isolated is not None else direct_us, loads)
         if settings.warmup:
             _warm_up(predict, facts, plan, gate, name)
         policy = policy_of(settings, config, proof[0])

@@ -47,6 +47,7 @@ class Slot:
         failures: Loads on demand that failed in a row.
         retry_at: When the next may be tried, of `time.monotonic`.
         known_bytes: What it held when it was loaded last, 0 if never.
+        loads: How often it was loaded.
         proof: Whether its rows are independent, and why; kept between loads of the same plan.
     """
 
@@ -65,6 +66,7 @@ class Slot:
     failures: int = 0
     retry_at: float = 0.0
     known_bytes: int = 0
+    loads: int = 0
     proof: tuple[bool, str] | None = None
     statistics: VersionStatistics = field(default_factory=VersionStatistics)
 

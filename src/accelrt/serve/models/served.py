@@ -22,21 +22,46 @@ from accelrt.serve.models.statistics import VersionStatistics
 
 _SLOW_WEIGHT = 20
 """A slow call weighs as much as so many fast ones: with fewer than one in twenty slow, the 95th percentile is fast."""
+_EXCUSED = 25
+"""Times the limit that a call may take while models are loaded; with 200 µs that is 5 ms."""
 _CLOSED_AT, _MOST = 100, 400
 """Five slow calls more than fast ones make up for close the short way; 300 fast ones in the queue open it again."""
+
+
+class Loads:
+    """How many models are being loaded now; their loaders contend with everybody for Python's interpreter lock."""
+
+    __slots__ = ("_lock", "under_way")
+
+    def __init__(self) -> None:
+        self.under_way = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.under_way += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.under_way -= 1
 
 
 class DirectGate:
     """Decides whether calls are fast enough to be made in the front end's thread. Has no lock, and errs a little.
 
+    While models are loaded a call may take long because it waits for the interpreter lock, which it would do in any
+    other thread as well, and more often; so that only what takes `_EXCUSED` times the limit counts as slow then.
+
     Args:
         limit_us: Microseconds that nearly all calls must stay below; 0 keeps the short way closed.
+        loads: What is being loaded.
     """
 
-    __slots__ = ("limit_ns", "most_bytes", "score")
+    __slots__ = ("_loads", "limit_ns", "most_bytes", "score")
 
-    def __init__(self, limit_us: float) -> None:
+    def __init__(self, limit_us: float, loads: Loads | None = None) -> None:
         self.limit_ns = int(limit_us * 1000)
+        self._loads = loads or Loads()
         self.score = _MOST
         self.most_bytes = -1
         """The largest inputs that are known to be fast, where sizes are open."""
@@ -47,10 +72,12 @@ class DirectGate:
             self.score = max(0, self.score - 1)
             self.most_bytes = max(self.most_bytes, size)
         elif size <= self.most_bytes or self.most_bytes < 0:
-            self.slow(size)
+            self.slow(size, nanoseconds)
 
-    def slow(self, size: int) -> None:
-        """Learn that a call took longer than the limit."""
+    def slow(self, size: int, nanoseconds: int) -> None:
+        """Learn that a call took so long, which is more than the limit."""
+        if self._loads.under_way and nanoseconds <= _EXCUSED * self.limit_ns:
+            return
         self.score = min(_MOST, self.score + _SLOW_WEIGHT)
         if self.score > _CLOSED_AT:
             self.most_bytes = min(self.most_bytes, size - 1)  # larger ones have to show again that they are fast
@@ -156,7 +183,7 @@ class LiveModel:
             raise
         spent = time.monotonic_ns() - start
         if spent > gate.limit_ns:
-            gate.slow(size)
+            gate.slow(size, spent)
         elif gate.score:
             gate.score -= 1
         statistics = self._statistics

@@ -34,10 +34,10 @@ from accelrt.serve.models.opening import Opened, open_version
 from accelrt.serve.models.records import Entry, Plan, Slot
 from accelrt.serve.models.repository import Repository, RepositoryModel, check_name, choose_versions, model_file
 from accelrt.serve.models.residency import Residency, Resident
-from accelrt.serve.models.served import LiveModel
+from accelrt.serve.models.served import LiveModel, Loads
 from accelrt.serve.models.settings import DEFAULT_MAX_QUEUE, ServiceSettings, merged
 from accelrt.serve.models.statistics import VersionStatistics
-from accelrt.serve.models.uploads import UploadedFiles, Uploads
+from accelrt.serve.models.uploads import DISK_FULL, DISK_IS_FULL, UploadedFiles, Uploads
 from accelrt.serve.models.wishes import with_wishes
 
 logger = logging.getLogger("accelrt")
@@ -81,6 +81,7 @@ class ModelService:
         self._stop = threading.Event()
         self._poller: threading.Thread | None = None
         self._scanned_at = 0.0
+        self._loads = Loads()
 
     # Life
 
@@ -311,6 +312,7 @@ class ModelService:
                     pinned=slot.plan.settings.pinned,
                     pid=None if slot.predictor is None else slot.predictor.pid,
                     restarts=0 if slot.predictor is None else slot.predictor.restarts,
+                    loads=slot.loads,
                 )
             )
         return rows
@@ -327,6 +329,8 @@ class ModelService:
             raise ModelUnavailable("The server is shutting down.")
         entry = self._entries.get(name)
         if entry is None:
+            if not self._started:  # the front ends listen already, and a client should not be told that it is not there
+                raise _later(f"The server is starting and does not know of model {name[:80]!r} yet.", 1.0)
             raise self._not_found(name)
         if version:
             slots = [entry.slots[version]] if version in entry.slots else []
@@ -562,18 +566,20 @@ class ModelService:
         self.residency.reserve(token, Resident(slot.name, expected), wait_s=wait_s, evict=evict, replaces=slot.token)
         statistics = VersionStatistics() if fresh else slot.statistics
         try:
-            opened = open_version(
-                slot.name,
-                slot.version,
-                plan,
-                statistics,
-                trust=self.settings.trust,
-                direct_us=self.settings.direct_us,
-                proof=None if fresh else slot.proof,
-                versions=self._versions(slot),
-                again=self.model,
-                changed=partial(self._worker_changed, slot, token),
-            )
+            with self._loads:
+                opened = open_version(
+                    slot.name,
+                    slot.version,
+                    plan,
+                    statistics,
+                    trust=self.settings.trust,
+                    direct_us=self.settings.direct_us,
+                    loads=self._loads,
+                    proof=None if fresh else slot.proof,
+                    versions=self._versions(slot),
+                    again=self.model,
+                    changed=partial(self._worker_changed, slot, token),
+                )
         except BaseException as error:
             self.residency.release(token)
             if isinstance(error, AccelrtError):
@@ -599,6 +605,7 @@ class ModelService:
             slot.state, slot.reason = "READY", opened.note
             slot.on_demand = slot.ever_loaded = True
             slot.failures, slot.retry_at = 0, 0.0
+            slot.loads += 1
             self._publish(slot.name)
         # Only now: whoever makes room must find what it is to unload.
         self.residency.settle(
@@ -751,6 +758,10 @@ class ModelService:
         """Return what a client is told whose load failed."""
         if not isinstance(error, AccelrtError) or isinstance(error, ModelNotFound | RequestError | ModelUnavailable):
             return error
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in DISK_FULL:
+            told_later = _later(f"Model {name!r} cannot be loaded now: {DISK_IS_FULL}", 10.0)
+            told_later.__cause__ = error
+            return told_later
         told = RequestError(f"Model {name!r} cannot be loaded: {self._without_paths(error.message)}", hint=error.hint)
         told.__cause__ = error
         return told

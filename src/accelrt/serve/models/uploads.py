@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import shutil
@@ -11,10 +12,12 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
-from accelrt.errors import RequestError, RequestTooLarge
+from accelrt.errors import ModelUnavailable, RequestError, RequestTooLarge
 from accelrt.serve.models.repository import is_version
 
 MAX_FILES = 1024
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_IS_FULL = "No space left on the server's disk."
 
 _LOCK = threading.RLock()  # a folder may be dropped by the garbage collector while this thread holds it
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}", re.ASCII)
@@ -37,6 +40,7 @@ class Uploads:
         Raises:
             RequestTooLarge: They are more or larger than allowed.
             RequestError: A name is none that a model's file may have.
+            ModelUnavailable: They cannot be written: the disk is full. Nothing of them is left.
         """
         size = sum(map(len, files.values()))
         if size > self._limit or len(files) > MAX_FILES:
@@ -47,24 +51,39 @@ class Uploads:
         targets = {key: _place(key) for key in files}
         if len(set(targets.values())) < len(targets):
             raise RequestError("A load request names a file twice.")
+        try:
+            return self._written(files, targets)
+        except OSError as error:
+            why = DISK_IS_FULL if error.errno in DISK_FULL else f"{error.strerror}."
+            unavailable = ModelUnavailable(
+                f"The files of a load request ({size} bytes) cannot be kept: {why}", hint="Ask again later."
+            )
+            unavailable.retry_after_s = 10.0
+            raise unavailable from error
+
+    def _written(self, files: Mapping[str, bytes], targets: Mapping[str, Path]) -> UploadedFiles:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="accelrt-uploads-"))  # readable by this user only
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            (self._folder / "content").mkdir()
         content = self._folder / "content"
+        content.mkdir(exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=self._folder, prefix="model-"))
         kept = UploadedFiles(folder, content)
-        for key, data in files.items():
-            target = folder / targets[key]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            stored = content / hashlib.sha256(data).hexdigest()
-            # Hard links: equal bytes are there once, and go when the last model that uses them does.
-            with _LOCK:
-                if stored.exists():
-                    target.hardlink_to(stored)
-                    continue
-                target.write_bytes(data)
-                stored.hardlink_to(target)
+        try:
+            for key, data in files.items():
+                target = folder / targets[key]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                stored = content / hashlib.sha256(data).hexdigest()
+                # Hard links: equal bytes are there once, and go when the last model that uses them does.
+                with _LOCK:
+                    if stored.exists():
+                        target.hardlink_to(stored)
+                        continue
+                    target.write_bytes(data)
+                    stored.hardlink_to(target)
+        except OSError:
+            kept.drop()  # now: who looks at the error holds on to it
+            raise
         return kept
 
     def folders(self) -> tuple[Path, ...]:
@@ -85,7 +104,7 @@ class UploadedFiles:
 
     def __init__(self, folder: Path, content: Path) -> None:
         self.folder = folder
-        weakref.finalize(self, _drop, folder, content)
+        self.drop = weakref.finalize(self, _drop, folder, content)
 
     @property
     def versions(self) -> tuple[str, ...]:
