@@ -39,7 +39,8 @@ class Inference:
         if encoding is not None:
             return self._decompress_first(name, version, headers, body, arrived_ns, encoding)
         try:
-            length = header_length(_text(headers.get(_LENGTH_HEADER)))
+            stated = headers.get(_LENGTH_HEADER)
+            length = None if stated is None else header_length(stated.decode("latin-1"))
             if length == 0:
                 return self._raw(name, version, headers, body, arrived_ns)
             request, wishes = read_request(body, length, self._limits, arrived_ns)
@@ -96,10 +97,6 @@ class Inference:
             return reply_of(error)
         rest = {key: value for key, value in headers.items() if key != b"content-encoding"}
         return await _settled(self.answer(name, version, rest, plain, arrived_ns))
-
-
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode("latin-1")
 
 
 async def _settled(answer: Reply | Coroutine[Any, Any, Reply]) -> Reply:
