@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,7 +121,10 @@ class OnnxRuntimeEngine(Engine):
             raise OutOfDeviceMemory(f"onnxruntime: {error}", backend=self.name) from error
         except Exception as error:
             raise IncompatibleProgram(f"onnxruntime: {_first_line(error)}", backend=self.name) from error
-        return executable(self._ort, session, program.signature, io_binding=program.options.io_binding)
+        made = executable(self._ort, session, program.signature, io_binding=program.options.io_binding)
+        # Threads of two calls that wait for each other on the same cores make both slower: as many calls as have room.
+        made.parallelism = max(1, _cores() // (program.options.threads or _cores()))
+        return made
 
     @cached_property
     def _ort(self) -> Any:
@@ -145,6 +149,11 @@ class OnnxRuntimeEngine(Engine):
         if not chosen.spinning:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return options
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _first_line(error: BaseException) -> str:

@@ -194,6 +194,9 @@ def copy_to_host(tensor: DeviceTensor) -> np.ndarray[Any, Any]:
 class Executable(ABC):
     """A program resident on a device."""
 
+    parallelism: int | None = None
+    """Calls in flight that keep it busy, where that depends on the program; None for what `Caps` says."""
+
     @abstractmethod
     def run(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
         """Compute the outputs by name; ``inputs`` have been checked against the signature.

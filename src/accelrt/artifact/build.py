@@ -38,10 +38,10 @@ from accelrt.registry import Candidate
 logger = logging.getLogger("accelrt")
 
 
-
 @cache  # reading it takes as long as a quarter of a load
 def _version() -> str:
     return version("accelrt")
+
 
 @dataclass(frozen=True, slots=True)
 class BuildRequest:

@@ -422,7 +422,8 @@ class _PartLoader:
                 if engine.caps.device_tensors and len(given) == 1:
                     step.place = Place.on(backend, given[0])
                 # A device beside the CPU is kept busy by calls of its own; on the CPU one counts.
-                calls = max(calls, engine.caps.parallelism * (len(given) if ours else 1))
+                each = step.executable.parallelism or engine.caps.parallelism
+                calls = max(calls, each * (len(given) if ours else 1))
             except (DeviceError, IncompatibleProgram) as error:
                 # Devices named in this call must exist; and where the CPU's are missing there is nowhere to go.
                 named = self.asked.explicit or segment.backend == CPU

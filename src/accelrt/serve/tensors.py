@@ -17,7 +17,8 @@ A number that its datatype cannot hold is refused, never wrapped or made infinit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ import numpy as np
 
 from accelrt.errors import RequestError
 from accelrt.protocol.datatypes import (
+    DATATYPES,
     MOST_DIMENSIONS,
     Array,
     datatype_of,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 BINARY_ONLY = frozenset({"FP16", "BF16"})
 """Datatypes that have no form in JSON."""
 
+_QUICK_BYTES = 4096
+"""Of JSON that is read by one loop after another in Python; longer ones are quicker in numpy."""
 _ASK_BINARY = 'Ask for it with "binary_data": true.'
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -62,6 +66,8 @@ def from_json(name: str, datatype: str, shape: Sequence[int] | None, data: msgsp
         RequestError: The elements are too few or too many, not of the datatype or not in its range, or nested otherwise
             than the shape; or the datatype has no form in JSON.
     """
+    if len(data) <= _QUICK_BYTES and shape is not None and (array := _quickly(datatype, shape, data)) is not None:
+        return array
     dtype_of(datatype)
     if datatype in BINARY_ONLY:
         raise RequestError(
@@ -86,6 +92,44 @@ def from_json(name: str, datatype: str, shape: Sequence[int] | None, data: msgsp
             f"Tensor {shown(name)} has the shape {shown(list(shape))}, {count} elements; {array.size} came."
         )
     return _finished(name, datatype, (array, items)).reshape(shape)
+
+
+def _quickly(datatype: str, shape: Sequence[int], data: msgspec.Raw | bytes) -> Array | None:
+    """Return the array of a short flat list of numbers, None for all else, whether it is right or wrong."""
+    if (range_ := _ranges().get(datatype)) is None:
+        return None
+    try:
+        items = _decoder(range_.kind, 1).decode(data)
+    except (ValueError, RecursionError):  # of msgspec, whose errors are of this type
+        return None
+    # In range, so that neither numbers beyond the type nor infinite ones need be looked for in the array.
+    if not items or not range_.least <= min(items) or not max(items) <= range_.most:
+        return None
+    if math.prod(shape) != len(items) or len(shape) > MOST_DIMENSIONS or min(shape, default=1) < 1:
+        return None
+    return np.array(items, range_.dtype).reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """What a datatype of numbers holds, and how its elements are parsed."""
+
+    kind: str
+    dtype: np.dtype[Any]
+    least: float
+    most: float
+
+
+@cache
+def _ranges() -> Mapping[str, _Range]:
+    ranges = {}
+    for datatype in ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"):
+        whole = np.iinfo(dtype_of(datatype))
+        ranges[datatype] = _Range("int", dtype_of(datatype), int(whole.min), int(whole.max))
+    for datatype in ("FP32", "FP64"):
+        most = float(np.finfo(dtype_of(datatype)).max)
+        ranges[datatype] = _Range("float", dtype_of(datatype), -most, most)
+    return ranges
 
 
 def _array_of(name: str, datatype: str, depth: int, text: bytes) -> tuple[Array, Any]:
@@ -176,6 +220,22 @@ def _plain(error: Exception, datatype: str) -> str:
     if isinstance(error, OverflowError):
         return f"a number is out of the range of {datatype}."
     return "its lists are ragged."
+
+
+def numbers_of(array: Array) -> Array | None:
+    """Return an array's elements, flat, as `to_json` does, if they are numbers whose JSON needs no second look.
+
+    ``orjson`` writes null for what is not finite; with it in the text, `to_json` has to be asked.
+    """
+    flags = array.flags
+    if not _is_number(array.dtype) or not flags.c_contiguous or not flags.aligned:
+        return None
+    return array.reshape(-1)
+
+
+@cache
+def _is_number(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "iuf" and is_little(dtype) and DATATYPES.get(dtype.name, "FP16") not in BINARY_ONLY
 
 
 def to_json(name: str, array: Array) -> Array | list[Any]:

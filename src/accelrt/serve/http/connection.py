@@ -3,6 +3,9 @@
 Nothing lies between it and an answer that is ready at once: no task, no queue, one write. Servers for ASGI make a task
 and an event for each request and copy its body twice, and have no limits on headers nor on the time they take.
 
+A client sends the same head again and again. One that was just parsed, and is there again byte for byte, means what it
+meant: it is not parsed again.
+
 A body whose length is known is received where its tensors will be aligned, so that they can be used where they lie.
 """
 
@@ -66,6 +69,22 @@ class Incoming:
     peer: str
 
 
+@dataclass(frozen=True, slots=True)
+class _KnownHead:
+    """A head that was parsed, taken in, and whose connection goes on after its request.
+
+    Attributes:
+        head: Its bytes, from the method to the empty line.
+        whole: Bytes of the request, the body included.
+    """
+
+    head: bytes
+    whole: int
+    method: bytes
+    target: bytes
+    headers: dict[bytes, bytes]
+
+
 class Host(Protocol):
     """What a connection asks of the server that it belongs to."""
 
@@ -78,7 +97,7 @@ class Host(Protocol):
     """Called with each reply before it is sent, for logs and request ids; returns header lines to add."""
 
     def refusal(self, target: bytes, headers: dict[bytes, bytes]) -> Reply | None:
-        """Return why a request is not even read, None if it is."""
+        """Return why a request is not even read, None if it is; the same for the same arguments, always."""
         ...
 
     def answer(self, request: Incoming) -> Reply | Coroutine[Any, Any, Reply]:
@@ -115,6 +134,8 @@ class Connection(asyncio.Protocol):
         self._gathered = bytearray()
         self._received = 0
         self._upgrading = self._upgrades = 0
+        self._completed = 0
+        self._known: _KnownHead | None = None
 
     # What the transport calls
 
@@ -150,9 +171,30 @@ class Connection(asyncio.Protocol):
         self._go_on()
 
     def data_received(self, data: bytes) -> None:
-        rest = self._feed(data)
+        rest = data if self._known is None else self._take_known(data, self._known)
         while rest:
             rest = self._feed(rest)
+
+    def _take_known(self, data: bytes, known: _KnownHead) -> bytes:
+        """Take in whole requests with the head of the one before, and return the rest, for the parser."""
+        head, whole, at = known.head, known.whole, 0
+        # The parser is between two messages, and would be there again after each of these.
+        while self._reading == _IDLE and len(data) - at >= whole and data.startswith(head, at):
+            body = data[at + len(head) : at + whole]
+            at += whole
+            self._take(known.method, known.target, known.headers, body, keep_alive=True)
+        return data[at:] if at else data
+
+    def _know(self, data: bytes) -> None:
+        """Remember the head of a request that was all of ``data``, if there is nothing special about it."""
+        length, headers = self._length, self._headers
+        if length is None or len(data) - length > self._limits.header_bytes or b"upgrade" in headers:
+            return
+        if b"transfer-encoding" in headers or b"expect" in headers or not self._parser.should_keep_alive():
+            return
+        end = data.find(b"\r\n\r\n") + 4
+        if end >= 4 and end + length == len(data):
+            self._known = _KnownHead(data[:end], len(data), self._parser.get_method(), self._target, headers)
 
     def _feed(self, data: bytes) -> bytes:
         """Read bytes, and return those that are to be read anew, which are none but after an upgrade."""
@@ -163,6 +205,7 @@ class Connection(asyncio.Protocol):
             return self._read_plainly(data)
         if reading == _HEAD:
             self._head_bytes += len(data)
+        self._known, self._completed = None, 0
         upgraded_at = -1
         try:
             self._parser.feed_data(data)
@@ -175,6 +218,8 @@ class Connection(asyncio.Protocol):
             return self._ignore_upgrade(data[upgraded_at:])
         if self._reading == _HEAD and self._head_bytes > self._limits.header_bytes:
             self._refuse_head()
+        elif reading == self._reading == _IDLE and self._completed == 1:
+            self._know(data)
         return b""
 
     def _give_up(self, error: httptools.HttpParserError) -> None:
@@ -253,17 +298,17 @@ class Connection(asyncio.Protocol):
         if self._gathered:
             self._body = memoryview(self._gathered).toreadonly()
             self._gathered = bytearray()
-        request = Incoming(
-            self._parser.get_method(),
-            self._target,
-            self._headers,
-            self._body,
-            keep_alive,
-            time.monotonic_ns(),
-            self._peer,
-        )
-        self._body = b""
-        self._reading, self._since = _IDLE, time.monotonic()
+        body, self._body = self._body, b""
+        self._completed += 1
+        self._take(self._parser.get_method(), self._target, self._headers, body, keep_alive)
+
+    def _take(
+        self, method: bytes, target: bytes, headers: dict[bytes, bytes], body: bytes | memoryview, keep_alive: bool
+    ) -> None:
+        """Have a request answered that has come in whole, now or after those before it."""
+        now = time.monotonic_ns()
+        request = Incoming(method, target, headers, body, keep_alive, now, self._peer)
+        self._reading, self._since = _IDLE, now / 1e9
         if self._task is None and not self._waiting and not self._write_paused:
             self._run(request)
             return

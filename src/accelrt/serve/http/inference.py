@@ -56,7 +56,8 @@ class Inference:
         if encoding is not None:
             return self._decompress_first(name, version, headers, body, arrived_ns, peer, encoding)
         try:
-            length = header_length(_text(headers.get(_LENGTH_HEADER)))
+            stated = headers.get(_LENGTH_HEADER)
+            length = None if stated is None else header_length(stated.decode("latin-1"))
             if length == 0:
                 return self._raw(name, version, headers, body, arrived_ns)
             request, wishes = read_request(body, length, self._limits, arrived_ns, partial(self._reach, peer))
@@ -117,10 +118,6 @@ class Inference:
 
     def _reach(self, peer: str) -> SharedMemoryRegistry:
         return local_regions(self.regions, peer)
-
-
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode("latin-1")
 
 
 async def _settled(answer: Reply | Coroutine[Any, Any, Reply]) -> Reply:

@@ -18,7 +18,7 @@ from accelrt.serve.http.replies import BINARY, Reply
 from accelrt.serve.interface import InferRequest, InferResponse, ModelMetadata
 from accelrt.serve.settings import Limits
 from accelrt.serve.shared_memory import SharedMemoryRegistry
-from accelrt.serve.tensors import from_json, to_json
+from accelrt.serve.tensors import from_json, numbers_of, to_json
 
 HEADER_LENGTH = "inference-header-content-length"
 JOINED_BYTES = 64 * 2**10
@@ -299,6 +299,7 @@ def write_response(response: InferResponse, wishes: Wishes, regions: SharedMemor
     """
     outputs: list[dict[str, Any]] = []
     raw: list[bytes | memoryview] = []
+    numbers: list[tuple[dict[str, Any], str, np.ndarray[Any, Any]]] = []
     exceptions = wishes.exceptions
     for name, value in response.outputs.items():
         array = value if type(value) is np.ndarray else _array(name, value)
@@ -316,6 +317,9 @@ def write_response(response: InferResponse, wishes: Wishes, regions: SharedMemor
             data = to_raw(array)
             entry["parameters"] = {"binary_data_size": len(data)}
             raw.append(data)
+        elif (flat := numbers_of(array)) is not None:
+            entry["data"] = flat
+            numbers.append((entry, name, array))
         else:
             entry["data"] = to_json(name, array)
         outputs.append(entry)
@@ -326,6 +330,10 @@ def write_response(response: InferResponse, wishes: Wishes, regions: SharedMemor
         document["parameters"] = _plain(response.parameters)
     document["outputs"] = outputs
     text = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    if numbers and b"null" in text:  # a number that is not finite, most likely; looking for them first takes longer
+        for entry, name, array in numbers:
+            entry["data"] = to_json(name, array)
+        text = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     if not raw:
         return Reply(200, text)
     headers = {HEADER_LENGTH: str(len(text))}

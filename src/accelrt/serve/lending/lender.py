@@ -155,6 +155,11 @@ class Lender:
         await self.service.start()
         self._reaper = asyncio.create_task(self._reap())
 
+    async def drain(self, timeout_s: float) -> None:
+        """Close, but wait for what is under way for ``timeout_s`` seconds at most."""
+        await self.service.drain(timeout_s)
+        await self.close()
+
     async def close(self) -> None:
         """Take no more requests, answer those that were taken, and unload everything."""
         if self._reaper is not None:

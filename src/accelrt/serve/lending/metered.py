@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from accelrt.errors import RequestError
 from accelrt.graph.types import Signature
@@ -73,7 +74,7 @@ class SliceModel:
     def __init__(self, state: SliceState) -> None:
         self.name, self.version, self.signature = SLICE, "1", Signature((), ())
         self.metadata = ModelMetadata(SLICE, ("1",), "accelrt_slice", (), ())
-        self.config = {
+        self.config: Mapping[str, Any] = {
             "name": SLICE,
             "platform": "accelrt_slice",
             "backend": "accelrt",

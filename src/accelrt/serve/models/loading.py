@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from accelrt.artifact.artifact import Artifact
 
 _COMPILING = ("backend", "precision", "options", "batch_sizes")
+_SHARES_CALLS = "cpu/onnxruntime"
+"""The engine that by default shares each call out to all cores, however short it is."""
+
 _UPLOADABLE = (".onnx", ".accel")
 
 
@@ -112,6 +115,23 @@ def compiled(path: Path, settings: ModelSettings, *, trust: bool, uploaded: bool
         options=settings.options,
         batch=settings.batch_sizes,
     )
+
+
+def compiled_for_one_thread(
+    path: Path, settings: ModelSettings, facts: Facts, *, trust: bool, uploaded: bool
+) -> Artifact | None:
+    """Return a model compiled for one thread, None where its settings say otherwise, or it is compiled already.
+
+    While a server answers, its other cores are busy with the network: a second thread gets its turn late, and a call of
+    50 microseconds that waits for it takes 700.
+    """
+    from accelrt.artifact.artifact import is_artifact
+
+    plain = settings.options is None and settings.backend in (None, "cpu", _SHARES_CALLS)
+    if not plain or facts.engines != (_SHARES_CALLS,) or is_artifact(path):
+        return None
+    alone = replace(settings, backend=_SHARES_CALLS, options={"threads": 1})
+    return compiled(path, alone, trust=trust, uploaded=uploaded)
 
 
 def _refuse_code(path: Path) -> None:

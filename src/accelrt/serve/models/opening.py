@@ -18,6 +18,7 @@ from accelrt.serve.models.loading import (
     Predictor,
     admission,
     compiled,
+    compiled_for_one_thread,
     facts_with,
     hold_against,
     open_predictor,
@@ -96,7 +97,11 @@ def open_version(
         # A call to another process could hold up an event loop for as long as that hangs.
         gate = DirectGate(0 if isolated is not None else direct_us, loads)
         if settings.warmup:
-            _warm_up(predict, facts, plan, gate, name)
+            fastest_ns = _warm_up(predict, facts, plan, gate, name)
+            if fastest_ns is not None and 2 * fastest_ns <= gate.limit_ns:
+                predictor = _on_one_thread(predictor, facts, plan, trust=trust)
+                predict = reshaping(predictor.predict, reshapes)
+                _warm_up(predict, facts, plan, gate, name)
         policy = policy_of(settings, config, proof[0])
         metadata = metadata_of(name, versions, facts)
         notes = {"accelrt.batching": proof[1], **placement_note(artifact)}
@@ -125,8 +130,12 @@ def open_version(
 
 def _warm_up(
     predict: Callable[[Mapping[str, Value]], Outputs], facts: Facts, plan: Plan, gate: DirectGate, name: str
-) -> None:
-    """Make the first calls, which are slow with many runtimes, and learn from them what a call takes."""
+) -> int | None:
+    """Make the first calls, which are slow with many runtimes, and learn from them what a call takes.
+
+    Returns:
+        Nanoseconds of the fastest; None if there was none.
+    """
     asked_for = plan.config is not None and bool(plan.config.warmup)
     best, size = None, 0
     try:
@@ -146,3 +155,19 @@ def _warm_up(
         logger.info("Model %s could not be warmed up with zeros: %s", name, error)
     if best is not None:
         gate.open_after(size, best)
+    return best
+
+
+def _on_one_thread(predictor: Predictor, facts: Facts, plan: Plan, *, trust: bool) -> Predictor:
+    """Return a predictor on one thread in the place of one whose calls are short, if there can be one."""
+    settings = plan.settings
+    try:
+        artifact = compiled_for_one_thread(plan.path, settings, facts, trust=trust, uploaded=plan.uploads is not None)
+        if artifact is None:
+            return predictor
+        alone, _ = open_predictor(artifact, settings, plan.config)
+    except AccelrtError as error:
+        logger.info("A model was not loaded on one thread, and stays as it is: %s", error)
+        return predictor
+    predictor.close()
+    return alone
