@@ -13,12 +13,17 @@ if TYPE_CHECKING:
     from accelrt.serve.grpc.server import Handle
     from accelrt.serve.interface import Service
     from accelrt.serve.shared_memory import SharedMemoryRegistry
+    from accelrt.serve.telemetry import Telemetry
 
 __all__ = ["GrpcSettings", "start"]
 
 
 async def start(
-    service: Service, settings: GrpcSettings | None = None, *, regions: SharedMemoryRegistry | None = None
+    service: Service,
+    settings: GrpcSettings | None = None,
+    *,
+    regions: SharedMemoryRegistry | None = None,
+    telemetry: Telemetry | None = None,
 ) -> Handle:
     """Serve a service's models in the running event loop, and return a handle with ``port`` and ``stop``.
 
@@ -26,6 +31,7 @@ async def start(
         service: The models.
         settings: Where and how; by default a free port on the loopback interface.
         regions: Shared memory, if it is shared with another front end.
+        telemetry: Where traces go; None for nowhere.
 
     Raises:
         BackendUnavailable: gRPC or protobuf is not installed.
@@ -40,4 +46,4 @@ async def start(
         raise BackendUnavailable(
             f"The gRPC front end needs a package that is missing: {error}.", hint="pip install 'accelrt[serve]'"
         ) from error
-    return await serve(service, settings or GrpcSettings(), regions)
+    return await serve(service, settings or GrpcSettings(), regions, telemetry)
