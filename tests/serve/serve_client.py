@@ -20,13 +20,13 @@ from accelrt.serve.settings import ServerSettings
 class Running:
     """A server on an event loop of its own thread."""
 
-    def __init__(self, service: Any, *, regions: Any = None, **settings: Any) -> None:
+    def __init__(self, service: Any, *, regions: Any = None, telemetry: Any = None, **settings: Any) -> None:
         self.service = service
         self.settings = ServerSettings(Path(), **{"http_port": 0, **settings})
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
-        self.server: HttpServer = self.do(start(service, self.settings, regions=regions))
+        self.server: HttpServer = self.do(start(service, self.settings, regions=regions, telemetry=telemetry))
         self.port = self.server.port
         self.address = f"127.0.0.1:{self.port}"
 

@@ -27,7 +27,8 @@ INFER = "/v2/models/fp32/infer"
 
 @contextmanager
 def process(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "backends"), str(ROOT)])
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "backends"), str(ROOT), *filter(None, given)])
     made = subprocess.Popen(
         [sys.executable, "-m", *command],
         stdout=subprocess.PIPE,

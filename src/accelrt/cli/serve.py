@@ -123,6 +123,10 @@ def serve(
     exit_on_error: Annotated[
         bool, typer.Option("--exit-on-error", help="End if a model cannot be loaded at the start.")
     ] = False,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option("--otlp-endpoint", help="Send traces to this collector, OTLP over HTTP.", metavar="URL"),
+    ] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log a line for each request.")] = False,
     log_format: Annotated[str, typer.Option("--log-format", help="json or text.")] = "json",
     sagemaker: Annotated[
@@ -274,6 +278,7 @@ def serve(
         tls=TlsFiles(tls_certificate, tls_key, tls_client_ca) if tls_certificate and tls_key else None,
         limits=Limits(body_bytes=max_body * 2**20, connections=max_connections, request_s=request_timeout),
         shared_memory=shared_memory,
+        otlp_endpoint=otlp_endpoint,
         exit_on_error=exit_on_error,
         drain_s=drain,
         log_requests=log_requests,

@@ -19,6 +19,15 @@ ModelState = Literal["LOADING", "READY", "UNLOADING", "UNAVAILABLE"]
 
 
 @dataclass(slots=True)
+class Clock:
+    """When a request's turn came and was over, of `time.monotonic_ns`, 0 if not; ``rows`` are those of its run."""
+
+    begun_ns: int = 0
+    ended_ns: int = 0
+    rows: int = 0
+
+
+@dataclass(slots=True)
 class InferRequest:
     """One request for one model.
 
@@ -33,6 +42,7 @@ class InferRequest:
         timeout_us: How long it may wait for its turn, 0 for the model's default.
         parameters: What else the client sent with it; ``priority`` and ``timeout`` are not repeated here.
         arrived_ns: `time.monotonic_ns` when its last byte came.
+        clock: Where whoever queues it writes down its times; None if nobody wants to know.
     """
 
     inputs: dict[str, Value]
@@ -42,6 +52,7 @@ class InferRequest:
     timeout_us: int = 0
     parameters: Mapping[str, Any] = field(default_factory=dict)
     arrived_ns: int = 0
+    clock: Clock | None = None
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from accelrt.errors import ServingError
 from accelrt.serve.interface import Lending, Service
 from accelrt.serve.settings import ServerSettings
 from accelrt.serve.shared_memory import SharedMemoryRegistry
+from accelrt.serve.telemetry import Telemetry, connect
 
 logger = logging.getLogger("accelrt.serve")
 
@@ -55,15 +56,19 @@ class FrontEnd(Protocol):
         ...
 
 
-Starter = Callable[[Service, ServerSettings, SharedMemoryRegistry], Awaitable[FrontEnd]]
+Starter = Callable[[Service, ServerSettings, SharedMemoryRegistry, Telemetry | None], Awaitable[FrontEnd]]
 
 
-async def _start_http(service: Service, settings: ServerSettings, regions: SharedMemoryRegistry) -> FrontEnd:
+async def _start_http(
+    service: Service, settings: ServerSettings, regions: SharedMemoryRegistry, telemetry: Telemetry | None
+) -> FrontEnd:
     module = importlib.import_module("accelrt.serve.http.server")
-    return cast("FrontEnd", await module.start(service, settings, regions=regions))
+    return cast("FrontEnd", await module.start(service, settings, regions=regions, telemetry=telemetry))
 
 
-async def _start_grpc(service: Service, settings: ServerSettings, regions: SharedMemoryRegistry) -> FrontEnd:
+async def _start_grpc(
+    service: Service, settings: ServerSettings, regions: SharedMemoryRegistry, telemetry: Telemetry | None
+) -> FrontEnd:
     for needed in ("grpc", "google.protobuf"):  # so that what is missing is named, whatever the front end makes of it
         importlib.import_module(needed)
     module, tls = importlib.import_module("accelrt.serve.grpc"), settings.tls
@@ -81,10 +86,13 @@ async def _start_grpc(service: Service, settings: ServerSettings, regions: Share
         api_keys=settings.api_keys,
     )
     lender = cast("Lending", service) if lending is not None else None
-    return cast("FrontEnd", await module.start(service, own, regions=regions, lender=lender))
+    found = await module.start(service, own, regions=regions, lender=lender, telemetry=telemetry)
+    return cast("FrontEnd", found)
 
 
-async def _start_metrics(service: Service, settings: ServerSettings, regions: SharedMemoryRegistry) -> FrontEnd:
+async def _start_metrics(
+    service: Service, settings: ServerSettings, regions: SharedMemoryRegistry, telemetry: Telemetry | None
+) -> FrontEnd:
     module = importlib.import_module("accelrt.serve.metrics")
     return cast("FrontEnd", await module.start(service, settings))
 
@@ -160,6 +168,7 @@ async def _serve(
     settings: ServerSettings, announce: Announce, make_service: Callable[[ServerSettings], RunningService]
 ) -> None:
     stopped = _watch_signals()
+    telemetry = None if settings.otlp_endpoint is None else connect(settings.otlp_endpoint)
     service = make_service(settings)
     # One for all front ends: what a client registers over HTTP it may use over gRPC.
     # Not where slices are lent: regions are the whole server's, and clients may not read each other's.
@@ -170,7 +179,7 @@ async def _serve(
         # Before the models are loaded, so that an orchestrator sees a server that lives and is not ready.
         for name, start in _STARTERS.items():
             if getattr(settings, f"{name}_port") is not None:
-                front_end = await _started(name, start, service, settings, regions)
+                front_end = await _started(name, start, service, settings, regions, telemetry)
                 if front_end is not None:
                     front_ends[name] = front_end
         if not front_ends:
@@ -186,6 +195,8 @@ async def _serve(
     finally:
         await _end(service, front_ends, settings.drain_s)
         regions.unregister()
+        if telemetry is not None:
+            await telemetry.close()
     logger.info("stopped")
 
 
@@ -222,11 +233,16 @@ def _watch_signals() -> asyncio.Event:
 
 
 async def _started(
-    name: str, start: Starter, service: Service, settings: ServerSettings, regions: SharedMemoryRegistry
+    name: str,
+    start: Starter,
+    service: Service,
+    settings: ServerSettings,
+    regions: SharedMemoryRegistry,
+    telemetry: Telemetry | None,
 ) -> FrontEnd | None:
     """Start a front end; if what it needs is not installed, say so and go on without it, but not without HTTP."""
     try:
-        return await start(service, settings, regions)
+        return await start(service, settings, regions, telemetry)
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
     if name == "http":

@@ -109,6 +109,7 @@ class ServerSettings:
         insecure: Listen beyond this machine although there is no key.
         tls: Certificate and key; None for plain text.
         limits: What is taken of a client.
+        otlp_endpoint: URL of the collector that traces are sent to; None for no traces.
         shared_memory: Whether clients of this machine may register system shared memory.
         exit_on_error: End if a model cannot be loaded at the start; else the server goes on and is not ready.
         drain_s: How long requests under way may take after the server was asked to stop.
@@ -142,6 +143,7 @@ class ServerSettings:
     tls: TlsFiles | None = None
     limits: Limits = field(default_factory=Limits)
     shared_memory: bool = True
+    otlp_endpoint: str | None = None
     exit_on_error: bool = False
     drain_s: float = 30.0
     log_requests: bool = False

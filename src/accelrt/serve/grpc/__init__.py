@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from accelrt.serve.grpc.server import Handle
     from accelrt.serve.interface import Lending, Service
     from accelrt.serve.shared_memory import SharedMemoryRegistry
+    from accelrt.serve.telemetry import Telemetry
 
 __all__ = ["GrpcSettings", "start"]
 
@@ -23,6 +24,7 @@ async def start(
     *,
     regions: SharedMemoryRegistry | None = None,
     lender: Lending | None = None,
+    telemetry: Telemetry | None = None,
 ) -> Handle:
     """Serve a service's models in the running event loop, and return a handle with ``port`` and ``stop``.
 
@@ -31,6 +33,7 @@ async def start(
         settings: Where and how; by default a free port on the loopback interface.
         regions: Shared memory, if it is shared with another front end.
         lender: Where each client has models of its own, tells them apart; calls then go to what it returns.
+        telemetry: Where traces go; None for nowhere.
 
     Raises:
         BackendUnavailable: gRPC or protobuf is not installed.
@@ -45,4 +48,4 @@ async def start(
         raise BackendUnavailable(
             f"The gRPC front end needs a package that is missing: {error}.", hint="pip install 'accelrt[serve]'"
         ) from error
-    return await serve(service, settings or GrpcSettings(), regions, lender)
+    return await serve(service, settings or GrpcSettings(), regions, lender, telemetry)

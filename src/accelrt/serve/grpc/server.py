@@ -25,6 +25,7 @@ from accelrt.serve.grpc.settings import GrpcSettings
 from accelrt.serve.grpc.tensors import request_of, response_of, uses_shared_memory
 from accelrt.serve.interface import Lending, ServedModel, Service
 from accelrt.serve.shared_memory import SharedMemoryRegistry
+from accelrt.serve.telemetry import CARRIED, Telemetry, traced
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,7 +50,11 @@ class Handle:
 
 
 async def serve(
-    service: Service, settings: GrpcSettings, regions: SharedMemoryRegistry | None, lender: Lending | None = None
+    service: Service,
+    settings: GrpcSettings,
+    regions: SharedMemoryRegistry | None,
+    lender: Lending | None = None,
+    telemetry: Telemetry | None = None,
 ) -> Handle:
     """Start a server; see `accelrt.serve.grpc.start`."""
     if regions is None:
@@ -57,7 +62,10 @@ async def serve(
     credentials = _credentials(settings)
     server = grpc.aio.server(options=_options(settings), maximum_concurrent_rpcs=settings.max_calls)
     stopping = asyncio.Event()
-    front = FrontEnd(service, regions, settings, stopping, lender)
+    if telemetry is None:
+        front = FrontEnd(service, regions, settings, stopping, lender)
+    else:
+        front = TracedFrontEnd(service, regions, settings, stopping, telemetry, lender)
     server.add_generic_rpc_handlers((front,))
     address = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
     try:
@@ -216,6 +224,34 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001 - an error answers its own request; the stream goes on
             _, details = _status(error)
             return write_stream_response(_error_head(data), details)
+
+
+class TracedFrontEnd(FrontEnd):
+    """A front end that leaves a span for each request for inference, those of streams too."""
+
+    def __init__(
+        self,
+        service: Service,
+        regions: SharedMemoryRegistry,
+        settings: GrpcSettings,
+        stopping: asyncio.Event,
+        telemetry: Telemetry,
+        lender: Lending | None = None,
+    ) -> None:
+        super().__init__(traced(service, telemetry), regions, settings, stopping, lender)
+        self._telemetry = telemetry
+
+    async def _answer(self, data: bytes, context: Any, *, streamed: bool) -> list[bytes | memoryview]:
+        carrier = {key: str(value) for key, value in context.invocation_metadata() or () if key in CARRIED}
+        span = self._telemetry.request("grpc", carrier, monotonic_ns())
+        try:
+            with span.current():
+                answer = await super()._answer(data, context, streamed=streamed)
+        except BaseException as error:
+            span.end_grpc(error)
+            raise
+        span.end_grpc()
+        return answer
 
 
 def _error_head(data: bytes) -> list[bytes | memoryview]:

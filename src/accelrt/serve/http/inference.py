@@ -14,6 +14,7 @@ from accelrt.serve.http.wire import HEADER_LENGTH, Wishes, header_length, read_r
 from accelrt.serve.interface import InferRequest, ServedModel, Service
 from accelrt.serve.settings import Limits
 from accelrt.serve.shared_memory import SharedMemoryRegistry
+from accelrt.serve.telemetry import CARRIED, RequestSpan, Telemetry
 
 _LENGTH_HEADER = HEADER_LENGTH.encode()
 
@@ -118,6 +119,56 @@ class Inference:
 
     def _reach(self, peer: str) -> SharedMemoryRegistry:
         return local_regions(self.regions, peer)
+
+
+class TracedInference(Inference):
+    """Answers requests for inference, and leaves a span for each.
+
+    Args:
+        service: The models, traced as well.
+        limits: What is taken of a client.
+        regions: Shared memory.
+        telemetry: Where the spans go.
+    """
+
+    def __init__(self, service: Service, limits: Limits, regions: SharedMemoryRegistry, telemetry: Telemetry) -> None:
+        super().__init__(service, limits, regions)
+        self._telemetry = telemetry
+
+    def answer(
+        self,
+        name: str,
+        version: str,
+        headers: Mapping[bytes, bytes],
+        body: bytes | memoryview,
+        arrived_ns: int,
+        peer: str = "",
+    ) -> Reply | Coroutine[Any, Any, Reply]:
+        """Answer a request; see `Inference`."""
+        if b"content-encoding" in headers:  # it comes here again when it is decompressed
+            return super().answer(name, version, headers, body, arrived_ns, peer)
+        carrier = {key: text for key in CARRIED if (text := _text(headers.get(key.encode()))) is not None}
+        span = self._telemetry.request("http", carrier, arrived_ns)
+        with span.current():
+            answer = super().answer(name, version, headers, body, arrived_ns, peer)
+        if not isinstance(answer, Reply):
+            return self._later(answer, span)
+        span.end_http(answer.status)
+        return answer
+
+    async def _later(self, answer: Coroutine[Any, Any, Reply], span: RequestSpan) -> Reply:
+        try:
+            with span.current():
+                reply = await answer
+        except BaseException:
+            span.end_cancelled()  # whatever else happens is a reply
+            raise
+        span.end_http(reply.status)
+        return reply
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")
 
 
 async def _settled(answer: Reply | Coroutine[Any, Any, Reply]) -> Reply:

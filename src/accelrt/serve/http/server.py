@@ -18,12 +18,13 @@ from accelrt.serve.http.access import Doorman
 from accelrt.serve.http.asgi import AsgiApp, through
 from accelrt.serve.http.connection import Connection, Incoming
 from accelrt.serve.http.control import control_app
-from accelrt.serve.http.inference import Inference
+from accelrt.serve.http.inference import Inference, TracedInference
 from accelrt.serve.http.replies import ID_HEADER, Reply, clean_id, reply_of
 from accelrt.serve.http.web import could_be_name
 from accelrt.serve.interface import Service
 from accelrt.serve.settings import Limits, ServerSettings, is_loopback, tls_context
 from accelrt.serve.shared_memory import SharedMemoryRegistry
+from accelrt.serve.telemetry import Telemetry, traced
 
 request_logger = logging.getLogger("accelrt.serve.requests")
 
@@ -37,7 +38,13 @@ _MOST_ROUTES, _LONGEST_ROUTE = 4096, 512
 class HttpServer:
     """A running server; made by `start`. It is the host of its connections."""
 
-    def __init__(self, service: Service, settings: ServerSettings, regions: SharedMemoryRegistry | None = None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        settings: ServerSettings,
+        regions: SharedMemoryRegistry | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         if regions is None:
             regions = SharedMemoryRegistry(enabled=settings.shared_memory, largest=settings.limits.body_bytes)
         self.limits: Limits = settings.limits
@@ -46,7 +53,10 @@ class HttpServer:
         self.date = ""
         self.on_reply: Callable[[Incoming, Reply], str] | None = self._ids_and_logs
         self._logs = settings.log_requests
-        self._inference = Inference(service, settings.limits, regions)
+        if telemetry is None:
+            self._inference = Inference(service, settings.limits, regions)
+        else:
+            self._inference = TracedInference(traced(service, telemetry), settings.limits, regions, telemetry)
         self._control: AsgiApp = control_app(service, settings, self._inference, draining=lambda: self.draining)
         keyless = not settings.api_keys
         self._doorman = Doorman(settings.api_keys, local=keyless and is_loopback(settings.host))
@@ -208,7 +218,11 @@ def _harmless(name: bytes, version: bytes) -> tuple[str, str] | None:
 
 
 async def start(
-    service: Service, settings: ServerSettings, *, regions: SharedMemoryRegistry | None = None
+    service: Service,
+    settings: ServerSettings,
+    *,
+    regions: SharedMemoryRegistry | None = None,
+    telemetry: Telemetry | None = None,
 ) -> HttpServer:
     """Start a server for a service, on the running event loop.
 
@@ -216,6 +230,7 @@ async def start(
         service: The models.
         settings: How.
         regions: Shared memory, if it is shared with another front end.
+        telemetry: Where traces go; None for nowhere.
 
     Returns:
         The server, with its ``port`` and ``stop(grace_s)``.
@@ -224,6 +239,6 @@ async def start(
         ServingError: The address cannot be had.
         OptionError: The TLS files cannot be used.
     """
-    server = HttpServer(service, settings, regions)
+    server = HttpServer(service, settings, regions, telemetry)
     await server.listen(settings)
     return server

@@ -29,6 +29,7 @@ from accelrt.errors import (
 from accelrt.graph.types import Value
 from accelrt.runtime.batching import apart, together
 from accelrt.runtime.runner import Outputs
+from accelrt.serve.interface import Clock
 from accelrt.serve.models.config import QueuePolicy
 from accelrt.serve.models.latency import LatencyModel
 from accelrt.serve.models.statistics import VersionStatistics
@@ -67,6 +68,7 @@ class Item:
 
     __slots__ = (
         "arrived_ns",
+        "clock",
         "deadline_ns",
         "done",
         "feeds",
@@ -96,6 +98,7 @@ class Item:
         self.number, self.rows = -1, 1
         self.key: object = None
         self.started = self.done = False
+        self.clock: Clock | None = None
 
     def share(self) -> None:
         """Find out what can share a run with this: equal names, types and sizes beyond the rows; None if nothing."""
@@ -378,9 +381,11 @@ class Scheduler:
             computed = time.monotonic_ns()
             parts = apart(outputs, [item.rows for item in batch])
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            _note(batch, begun, time.monotonic_ns())
             self._failed(batch, error)
             return
         ended = time.monotonic_ns()
+        _note(batch, begun, ended)
         rows = sum(item.rows for item in batch)
         self.latency.record(rows, (ended - begun) / 1e9)
         if rows > self._largest:
@@ -413,6 +418,13 @@ class Scheduler:
         with self._lock:
             for item in batch:
                 self._finish(item)
+
+
+def _note(batch: Sequence[Item], begun: int, ended: int) -> None:
+    """Tell those who want to know when they were computed."""
+    for item in batch:
+        if (clock := item.clock) is not None:
+            clock.begun_ns, clock.ended_ns, clock.rows = begun, ended, sum(each.rows for each in batch)
 
 
 def _deliver(answers: Sequence[tuple[Item, Outputs | BaseException]]) -> None:

@@ -229,6 +229,7 @@ class LiveModel:
             timeout_us=request.timeout_us,
             arrived_ns=request.arrived_ns,
         )
+        item.clock = request.clock
         queue.put(item)
         alarm = None
         if item.deadline_ns is not None:
