@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from accelrt.backend import Executable
-from accelrt.graph.exported import writes
+from accelrt.graph import exported
 from accelrt.graph.types import Port, Signature, TensorType, Value, numpy_dtype
 
 # How types that torch's own conversion lacks travel: with the same bits, in an integer of the same width.
@@ -32,32 +32,18 @@ def open_program(path: Path, signature: Signature, threads: int, bf16: bool) -> 
     program = torch.export.load(path)
     module = program.module()
     held = (*program.state_dict.values(), *program.constants.values())
-    arguments = _arguments(program)
+    leaves = exported.arguments(program)
     in_spec = program.call_spec.in_spec
 
     def call(tensors: list[Any]) -> Iterable[Any]:
         given = iter(tensors)
-        flat = [next(given) if is_input else value for is_input, value in arguments]
+        flat = [next(given) if is_input else value for is_input, value in leaves]
         args, kwargs = torch.utils._pytree.tree_unflatten(flat, in_spec)
         returned = torch.utils._pytree.tree_leaves(module(*args, **kwargs))
         return [leaf for leaf, kept in zip(returned, results, strict=True) if kept]
 
-    results = _results(program)
-    return Resident(call, signature, held, threads=threads, bf16=bf16, copies_inputs=writes(program))
-
-
-def _arguments(program: Any) -> list[tuple[bool, Any]]:
-    """Return for each leaf of the arguments whether it is an input, and else its value, which the export fixed."""
-    specs = [spec for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
-    return [
-        (False, spec.arg.value) if type(spec.arg).__name__ == "ConstantArgument" else (True, None) for spec in specs
-    ]
-
-
-def _results(program: Any) -> list[bool]:
-    """Return for each leaf of what a program returns whether it is an output, and no constant such as None."""
-    specs = [spec for spec in program.graph_signature.output_specs if spec.kind.name == "USER_OUTPUT"]
-    return [type(spec.arg).__name__ != "ConstantArgument" for spec in specs]
+    results = exported.results(program)
+    return Resident(call, signature, held, threads=threads, bf16=bf16, copies_inputs=exported.writes(program))
 
 
 def open_script(path: Path, signature: Signature, threads: int, bf16: bool) -> Executable:
@@ -114,36 +100,14 @@ def open_package(path: Path, signature: Signature, threads: int, sizes: Mapping[
             return results
 
     resident = Resident(call, signature, (), threads=threads, bf16=False, copies_inputs=False)
-    resident.check = _Sizes(signature, sizes)
+    agreed = exported.Sizes(signature, sizes)
+
+    def check(inputs: Mapping[str, Value]) -> None:
+        if (problem := agreed.problem(inputs)) is not None:
+            raise ValueError(problem)
+
+    resident.check = check
     return resident
-
-
-class _Sizes:
-    """Checks that symbolic dimensions agree with each other and with their limits."""
-
-    def __init__(self, signature: Signature, sizes: Mapping[str, Any]) -> None:
-        self._limits = {name: (low or 0, high) for name, (low, high) in sizes["limits"].items()}
-        self._axes = [
-            (port.name, axis, dim)
-            for port, shape in zip(signature.inputs, sizes["shapes"], strict=True)
-            for axis, dim in enumerate(shape)
-            if isinstance(dim, str)
-        ]
-
-    def __call__(self, inputs: Mapping[str, Value]) -> None:
-        seen: dict[str, tuple[int, str, int]] = {}
-        for name, axis, dim in self._axes:
-            size = inputs[name].shape[axis]
-            other, where, place = seen.setdefault(dim, (size, name, axis))
-            if other != size:
-                raise ValueError(
-                    f"dimension {axis} of {name!r} is {size}; the model takes what dimension {place} of {where!r} is, "
-                    f"{other}"
-                )
-            low, high = self._limits.get(dim, (0, None))
-            if size < low or (high is not None and size > high):
-                upper = "any size" if high is None else high
-                raise ValueError(f"dimension {axis} of {name!r} is {size}; the model takes {low} to {upper}")
 
 
 class Resident(Executable):

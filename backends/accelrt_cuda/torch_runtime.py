@@ -16,7 +16,7 @@ import torch
 
 from accelrt.backend import DeviceTensor, Executable, Precision
 from accelrt.errors import IncompatibleProgram, InputError, OutOfDeviceMemory
-from accelrt.graph.exported import writes
+from accelrt.graph import exported
 from accelrt.graph.lowering.dtypes import torch_dtype
 from accelrt.graph.types import Port, Signature, TensorType, Value, numpy_dtype
 from accelrt_cuda.torch_lanes import Key, Lane, Lanes, Work
@@ -263,10 +263,11 @@ def open_package(
         allow_tf32=options.allow_tf32,
         bytes=path.stat().st_size,
     )
-    sizes, bounds = Sizes(signature, facts), Bounds(facts["bounds"])
+    sizes, bounds = exported.Sizes(signature, facts), Bounds(facts["bounds"])
 
     def check(inputs: Mapping[str, Value]) -> None:
-        sizes(inputs)
+        if (problem := sizes.problem(inputs)) is not None:
+            raise InputError(f"The inputs do not fit together: {problem}.")
         bounds(inputs)
 
     return _executable(place, work, signature, options, check)
@@ -279,8 +280,8 @@ def open_program(
     from torch.export.passes import move_to_device_pass
 
     program = torch.export.load(path)
-    stateful = writes(program)
-    arguments, results = _arguments(program), _results(program)
+    stateful = exported.writes(program)
+    arguments, results = exported.arguments(program), exported.results(program)
     in_spec = program.call_spec.in_spec
     module = move_to_device_pass(program, str(place.device)).module()
     held = [*program.state_dict.values(), *program.constants.values()]
@@ -395,18 +396,6 @@ def _autocast(place: Place, precision: Precision) -> Any:
     return torch.autocast(place.device.type, dtype=dtype, enabled=precision in HALVES, cache_enabled=False)
 
 
-def _arguments(program: Any) -> list[tuple[bool, Any]]:
-    """Return for each leaf of the arguments whether it is an input, and else its value, which the export fixed."""
-    specs = [spec for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
-    return [(False, s.arg.value) if type(s.arg).__name__ == "ConstantArgument" else (True, None) for s in specs]
-
-
-def _results(program: Any) -> list[bool]:
-    """Return for each leaf of what a program returns whether it is an output, and no constant such as None."""
-    specs = [spec for spec in program.graph_signature.output_specs if spec.kind.name == "USER_OUTPUT"]
-    return [type(spec.arg).__name__ != "ConstantArgument" for spec in specs]
-
-
 def _types(ports: Sequence[Port]) -> tuple[str, ...]:
     return tuple(port.type.dtype for port in ports if isinstance(port.type, TensorType))
 
@@ -471,31 +460,3 @@ class Bounds:
                     f"The input {name!r} holds {low if low < -size else high}; it counts places in an axis of {size}, "
                     f"so it takes {-size} to {size - 1}."
                 )
-
-
-class Sizes:
-    """Checks that symbolic dimensions agree with each other and with their limits."""
-
-    def __init__(self, signature: Signature, facts: Mapping[str, Any]) -> None:
-        self._limits = {name: (low or 0, high) for name, (low, high) in facts["limits"].items()}
-        self._axes = [
-            (port.name, axis, dim)
-            for port, shape in zip(signature.inputs, facts["shapes"], strict=True)
-            for axis, dim in enumerate(shape)
-            if isinstance(dim, str)
-        ]
-
-    def __call__(self, inputs: Mapping[str, Value]) -> None:
-        seen: dict[str, tuple[int, str, int]] = {}
-        for name, axis, dim in self._axes:
-            size = inputs[name].shape[axis]
-            other, where, place = seen.setdefault(dim, (size, name, axis))
-            if other != size:
-                raise InputError(
-                    f"Dimension {axis} of {name!r} is {size}; the model takes what dimension {place} of {where!r} is, "
-                    f"{other}."
-                )
-            low, high = self._limits.get(dim, (0, None))
-            if size < low or (high is not None and size > high):
-                upper = "any size" if high is None else high
-                raise InputError(f"Dimension {axis} of {name!r} is {size}; the model takes {low} to {upper}.")

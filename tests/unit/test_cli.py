@@ -195,7 +195,7 @@ def test_interrupt_is_130() -> None:
     assert (stdout, stderr) == ("", "Interrupted.\n")
 
 
-@pytest.mark.parametrize("arguments", [["explain", DIGITS], ["doctor", "--json"], ["--help"]])
+@pytest.mark.parametrize("arguments", [["explain", DIGITS], ["doctor", "neuron", "--json"], ["--help"]])
 def test_a_reader_that_goes_away_is_no_traceback(arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -195,7 +195,11 @@ def _describe(info: BackendInfo) -> list[RenderableType]:
         memory = f", {human_bytes(device.memory_bytes)}" if device.memory_bytes is not None else ""
         parts.append(f"  {device.name}  {device.description}{memory}")
     if not info.devices:
-        parts.append(Text("  no devices here: models can be compiled for it, but not run", style="yellow"))
+        # What compiles without a device is a compiler that is here, and an engine without one is not usable.
+        able = any(engine.usable for engine in info.engines)
+        parts.append(
+            Text(f"  no devices here{': models can be compiled for it, but not run' if able else ''}", style="yellow")
+        )
     return [*parts, Padding(_engine_table(info.engines), (0, 0, 0, 2))]
 
 
