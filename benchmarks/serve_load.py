@@ -163,8 +163,12 @@ def main() -> None:
         seconds, took = load.closed(task["count"])
         json.dump({"seconds": seconds, **percentiles(took)}, sys.stdout)
         return
-    took = load.open(arrivals(task["rate"], task["seconds"], task["kind"]))
-    json.dump({"doubled": load.doubled, **percentiles(took)}, sys.stdout)
+    windows = []
+    for seed in range(task["windows"]):
+        took = load.open(arrivals(task["rate"], task["seconds"], task["kind"], seed))
+        windows.append(percentiles(took))
+        time.sleep(0.2)
+    json.dump({"doubled": load.doubled, "windows": windows}, sys.stdout)
 
 
 if __name__ == "__main__":
