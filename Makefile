@@ -48,7 +48,7 @@ build: $(VENV)/.test
 	$(BIN)/python -m build --outdir dist
 
 bench: $(VENV)/.test
-	for script in predict_overhead import_cost cut_cost reload precision offline cuts auto scheduler pipeline eia; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in predict_overhead import_cost cut_cost reload precision offline cuts auto scheduler pipeline eia serve; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -615,6 +615,110 @@ def test_pipelined_requests_are_answered_in_order(plain: Running) -> None:
         assert [raw.answer().status for _ in range(5)] == [200] * 5
 
 
+_OTHER_BODY = b'{"inputs":[{"name":"x","shape":[1,2],"datatype":"FP32","data":[4,8]}]}'
+_CHUNKED = (
+    f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n{len(JSON_BODY):x}\r\n".encode()
+    + JSON_BODY
+    + b"\r\n0\r\n\r\n"
+)
+_VARIANTS: list[tuple[bytes, int, object]] = [
+    (post(INFER, JSON_BODY), 200, [1.0, 2.5]),
+    (post(INFER, JSON_BODY.replace(b"2.5", b"3.5")), 200, [1.0, 3.5]),  # the same head
+    (post(INFER, _OTHER_BODY), 200, [4.0, 8.0]),
+    (post(INFER, b"X" * len(JSON_BODY)), 400, None),  # the same head, and a body that is none
+    (post(INFER, JSON_BODY, "X-Other: 1"), 200, [1.0, 2.5]),
+    (post("/v2/models/nothing/infer", JSON_BODY), 404, None),
+    (post("/v2/models/slow/infer", JSON_BODY), 200, [1.0, 2.5]),
+    (b"\r\n" + post(INFER, JSON_BODY), 200, [1.0, 2.5]),  # an empty line before a request is allowed
+    (b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n", 200, None),
+    (_CHUNKED, 200, [1.0, 2.5]),
+]
+
+
+@pytest.fixture
+def soon(service: SmallService) -> Iterator[None]:
+    """Answers of the slow model come later than those of others, but not much."""
+    service.models["slow"].wait_s = 0.01
+    yield
+    service.models["slow"].wait_s = 0.4
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_heads_that_come_again_mean_what_they_meant(plain: Running, soon: None, data: st.DataObject) -> None:
+    chosen = data.draw(st.lists(st.sampled_from(_VARIANTS), min_size=2, max_size=12))
+    repeated = [each for each in chosen for _ in range(data.draw(st.integers(1, 3)))]
+    stream = b"".join(request for request, _, _ in repeated)
+    starts = list(itertools.accumulate(len(request) for request, _, _ in repeated))
+    # Cut where requests end, which is what is quick, and anywhere.
+    anywhere = data.draw(st.lists(st.integers(0, len(stream)), max_size=4))
+    cuts = sorted({0, len(stream), *data.draw(st.lists(st.sampled_from(starts), max_size=12)), *anywhere})
+    with Raw(plain.port) as raw:
+        for start, stop in itertools.pairwise(cuts):
+            raw.send(stream[start:stop])
+            if data.draw(st.booleans()):
+                time.sleep(0.002)  # so that the server reads what it was sent so far
+        for _, status, values in repeated:
+            answer = raw.answer()
+            assert answer.status == status
+            if values is not None:
+                assert answer.json["outputs"][0]["data"] == values
+        raw.send(post(INFER, JSON_BODY, "Connection: close"))
+        assert raw.answer().status == 200
+        assert raw.ends()  # nothing was answered twice
+
+
+class _Sink:
+    """A transport that keeps what is written to it."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.closing = False
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    def can_write_eof(self) -> bool:
+        return False
+
+    def get_extra_info(self, name: str) -> None:
+        return None
+
+
+def test_a_head_that_comes_again_is_not_parsed_again(service: SmallService, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def talk() -> list[bytes]:
+        host = http_server.HttpServer(service, ServerSettings(Path()))
+        connection, sink = Connection(host, asyncio.get_running_loop()), _Sink()
+        connection.connection_made(sink)  # type: ignore[arg-type]
+        headers: list[bytes] = []
+        parsed = Connection.on_header
+        monkeypatch.setattr(Connection, "on_header", lambda *given: (headers.append(given[1]), parsed(*given))[1])
+        made = Connection(host, asyncio.get_running_loop())
+        made.connection_made(sink)  # type: ignore[arg-type]
+        request = post(INFER, JSON_BODY)
+        made.data_received(request)
+        seen = len(headers)
+        assert seen
+        made.data_received(request.replace(b"2.5", b"3.5") * 3)
+        assert len(headers) == seen
+        made.data_received(request[:40])  # in pieces, or with another length, it is
+        made.data_received(request[40:])
+        made.data_received(post(INFER, JSON_BODY + b" "))
+        assert len(headers) == 3 * seen
+        return sink.written
+
+    replies = asyncio.run(talk())
+    assert len(replies) == 6
+    assert all(reply.startswith(b"HTTP/1.1 200 ") for reply in replies)
+    assert [reply.count(b"3.5") for reply in replies] == [0, 1, 1, 1, 0, 0]
+
+
 def test_requests_in_pieces(plain: Running) -> None:
     request = post(INFER, JSON_BODY)
     with Raw(plain.port) as raw:
