@@ -338,11 +338,9 @@ def _report(result: Mapping[str, Any]) -> None:
         one = result[name]
         for who in ("others", "pinned"):
             row = one[who]
-            print(
-                f"{name:14} {who:7} sent {row['sent']:7}, right {row['right']:7}, wrong {row['wrong']}, refused "
-                f"{row['refused']}, lost {row['lost']}, reconnected {row['reconnected']}, while stopped {row['stopped']}; p50 {row['p50_ms']:.3g} ms, p99 {row['p99_ms']:.3g} ms, most "
-                f"{row['most_ms']:.3g} ms"
-            )
+            counts = ", ".join(f"{key} {row[key]}" for key in _COUNTS)
+            times = ", ".join(f"{key} {row[f'{key}_ms']:.3g} ms" for key in ("p50", "p99", "most"))
+            print(f"{name:14} {who:7} {counts}; {times}")
             for error in row["errors"]:
                 print(f"    {error}")
     one = result["with_loads"]
