@@ -51,7 +51,8 @@ QUIET_SHARE = 0.1
 """Of the time goes to the part without loads."""
 STOPPED_S = 2.0
 BOUND_MS = 25.0
-"""What loads may add to the p99 of a model that stays in memory, with a hundred loads a second, where cores are not overcommitted."""
+"""What loads may add to the p99 of a model that stays in memory, with a hundred loads a second, where cores are not
+overcommitted."""
 
 
 def line(slope: float) -> onnx.ModelProto:
