@@ -51,7 +51,8 @@ QUIET_SHARE = 0.1
 """Of the time goes to the part without loads."""
 STOPPED_S = 2.0
 BOUND_MS = 25.0
-"""What loads may add to the p99 of a model that stays in memory, with a hundred loads a second on two shared cores."""
+"""What loads may add to the p99 of a model that stays in memory, with a hundred loads a second, where cores are not
+overcommitted."""
 
 
 def line(slope: float) -> onnx.ModelProto:
@@ -338,11 +339,9 @@ def _report(result: Mapping[str, Any]) -> None:
         one = result[name]
         for who in ("others", "pinned"):
             row = one[who]
-            print(
-                f"{name:14} {who:7} sent {row['sent']:7}, right {row['right']:7}, wrong {row['wrong']}, refused "
-                f"{row['refused']}, lost {row['lost']}, reconnected {row['reconnected']}, while stopped {row['stopped']}; p50 {row['p50_ms']:.3g} ms, p99 {row['p99_ms']:.3g} ms, most "
-                f"{row['most_ms']:.3g} ms"
-            )
+            counts = ", ".join(f"{key} {row[key]}" for key in _COUNTS)
+            times = ", ".join(f"{key} {row[f'{key}_ms']:.3g} ms" for key in ("p50", "p99", "most"))
+            print(f"{name:14} {who:7} {counts}; {times}")
             for error in row["errors"]:
                 print(f"    {error}")
     one = result["with_loads"]

@@ -795,3 +795,30 @@ def test_who_is_on_this_machine() -> None:
         assert not is_local(peer)
         with pytest.raises(NotAllowed, match="own machine"):
             local_regions(registry, peer)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"ModelStreamInfer"}))
+def test_bytes_that_are_no_message_are_the_clients_mistake(channel: Any, name: str) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary(METHODS[name].path)(b"\x0a\xff\xff\xff\xff\x0f", timeout=10)
+    assert refused.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
+    assert refused.value.details()
+
+
+def test_a_stream_takes_no_more_than_so_many_bytes_at_a_time() -> None:
+    service = standard(delay=0.2)
+    with (
+        served(service) as handle,
+        client_module.InferenceServerClient(f"127.0.0.1:{handle.port}") as client,
+    ):
+        answers: queue.Queue[Any] = queue.Queue()
+        client.start_stream(lambda result, error: answers.put(result))
+        for number in range(10):  # 3 MiB each, of which two fit under 8 MiB; the count alone would let all of them in
+            x = np.full(3 << 18, number, np.float32)
+            client.async_stream_infer("slow", [tensor("x", x, "FP32")], request_id=str(number))
+        first = answers.get(timeout=20)
+        seen = len(service.models["slow"].seen)
+        rest = [answers.get(timeout=20) for _ in range(9)]
+        client.stop_stream()
+        assert [one.get_response().id for one in (first, *rest)] == [str(number) for number in range(10)]
+        assert seen <= 4

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import resource
+import signal
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -31,8 +34,9 @@ from accelrt.errors import (
 from accelrt.serve.interface import InferRequest, Service
 from accelrt.serve.models import ModelService, ModelSettings, ServiceSettings
 from accelrt.serve.models.residency import Residency, Resident, choose_victim
-from accelrt.serve.models.served import DirectGate, LiveModel
+from accelrt.serve.models.served import DirectGate, LiveModel, Loads
 from accelrt.serve.models.service import NOT_RESIDENT
+from accelrt.serve.models.uploads import Uploads
 
 
 def service(root: Path, **more: Any) -> ModelService:
@@ -774,3 +778,69 @@ def test_two_hundred_models_with_room_for_twenty(tmp_path: Path) -> None:
             assert served.residency.count <= 20 and served.ready()
 
     run(scenario(), 300)
+
+
+def test_while_models_are_loaded_waiting_for_the_lock_does_not_close_the_short_way() -> None:
+    loads = Loads()
+    gate = DirectGate(200, loads)
+    gate.open_after(8, 50_000)
+    with loads:
+        for _ in range(50):
+            gate.slow(8, 4_000_000)
+        assert gate.score == 0
+        gate.slow(8, 6_000_000)  # longer than a handful of turns of the lock
+        assert gate.score == 20
+    gate.slow(8, 4_000_000)
+    assert gate.score == 40 and loads.under_way == 0
+
+
+def test_loads_are_counted(tmp_path: Path) -> None:
+    put(tmp_path / "a.onnx", line(2))
+    put(tmp_path / "b.onnx", line(3))
+
+    async def scenario() -> None:
+        async with service(tmp_path, max_resident_models=1) as served:
+            for name in ("a", "b", "a"):
+                await ask(served, name, request(1, 2))
+            counts = {row.name: row.loads for row in served.snapshot()}
+            assert sum(counts.values()) in (3, 4)  # one of the two was there from the start
+            assert counts["a"] == 2
+
+    run(scenario())
+
+
+def test_who_asks_while_the_server_starts_is_told_to_come_back(tmp_path: Path) -> None:
+    put(tmp_path / "a.onnx", line(2))
+
+    async def scenario() -> None:
+        served = service(tmp_path)
+        with pytest.raises(ModelUnavailable, match="is starting") as refused:
+            await served.model("a")
+        assert refused.value.retry_after_s
+        async with served:
+            await served.model("a")
+            with pytest.raises(ModelNotFound):
+                await served.model("b")
+
+    run(scenario())
+
+
+def test_an_upload_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    uploads = Uploads(1 << 30)
+    kept = uploads.keep({"file:1/model.onnx": b"a" * 1000})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(ModelUnavailable, match="cannot be kept: File too large") as refused:
+            uploads.keep({"file:1/small": b"b" * 100, "file:1/model.onnx": b"c" * 8192})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert refused.value.retry_after_s
+    assert {path.read_bytes()[:1] for path in tmp_path.rglob("*") if path.is_file()} == {b"a"}
+    again = uploads.keep({"file:1/model.onnx": b"c" * 8192})
+    assert (again.folder / "1" / "model.onnx").stat().st_size == 8192 and kept.folder.exists()
+    uploads.close()
