@@ -136,9 +136,7 @@ def test_beyond_the_quota_the_policy_decides(
     assert state_of(open_server.client()).holders == ()
 
 
-def test_a_server_that_was_started_anew_gets_the_program_again(
-    monkeypatch: pytest.MonkeyPatch, oracle: Any
-) -> None:
+def test_a_server_that_was_started_anew_gets_the_program_again(monkeypatch: pytest.MonkeyPatch, oracle: Any) -> None:
     with lender("--accelerator", "cpu:0", "--memory-mib", "4", "--slices", "1") as server:
         monkeypatch.setenv("ACCELRT_EIA_ACCELERATORS", server.url)
         options = {"lost_after_s": 600.0}

@@ -113,26 +113,33 @@ def serve(
     concurrency: Annotated[
         int | None,
         typer.Option(
-            "--concurrency", help="Calls of one client at a time, in place of the size's.", min=1,
+            "--concurrency",
+            help="Calls of one client at a time, in place of the size's.",
+            min=1,
             rich_help_panel=_LENDING,
         ),
     ] = None,
     slices: Annotated[
         int | None,
         typer.Option(
-            "--slices", help="Clients at a time; else as many as the device's memory has room for.", min=1,
+            "--slices",
+            help="Clients at a time; else as many as the device's memory has room for.",
+            min=1,
             rich_help_panel=_LENDING,
         ),
     ] = None,
     lease_secs: Annotated[
         float,
-        typer.Option("--lease-secs", help="How long a slice is kept for a client that is silent.",
-                     rich_help_panel=_LENDING),
+        typer.Option(
+            "--lease-secs", help="How long a slice is kept for a client that is silent.", rich_help_panel=_LENDING
+        ),
     ] = 60.0,
     turns: Annotated[
         int | None,
         typer.Option(
-            "--turns", help="Calls of all clients at a time; else those of two slices.", min=1,
+            "--turns",
+            help="Calls of all clients at a time; else those of two slices.",
+            min=1,
             rich_help_panel=_LENDING,
         ),
     ] = None,
@@ -177,7 +184,9 @@ def serve(
     lending = None
     if accelerator is None:
         given = {"--size": size, "--memory-mib": memory, "--concurrency": concurrency, "--slices": slices}
-        if named := [name for name, value in {**given, "--turns": turns, "--isolate": isolate or None}.items() if value]:
+        if named := [
+            name for name, value in {**given, "--turns": turns, "--isolate": isolate or None}.items() if value
+        ]:
             raise typer.BadParameter("It is about slices of an accelerator; name one.", param_hint=named[0])
     else:
         if repository is not None:

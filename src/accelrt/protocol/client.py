@@ -103,9 +103,7 @@ class Endpoint:
         token: Sent with each call, for servers that lend slices (`accelrt.protocol.leases`); None for none.
     """
 
-    def __init__(
-        self, address: Address, settings: ClientSettings | None = None, *, token: str | None = None
-    ) -> None:
+    def __init__(self, address: Address, settings: ClientSettings | None = None, *, token: str | None = None) -> None:
         self.address, self._settings = address, settings or ClientSettings()
         self.epoch = 0
         self._lock = threading.Lock()

@@ -49,9 +49,7 @@ def server_version() -> str:
 class Control:
     """Answers everything but inference. Each method takes a request's message and the caller's peer."""
 
-    def __init__(
-        self, service: Service, regions: SharedMemoryRegistry, extensions: Sequence[str] = EXTENSIONS
-    ) -> None:
+    def __init__(self, service: Service, regions: SharedMemoryRegistry, extensions: Sequence[str] = EXTENSIONS) -> None:
         self._service, self._regions, self._extensions = service, regions, extensions
 
     def methods(self) -> Mapping[str, Callable[[Any, str], Any]]:

@@ -333,7 +333,9 @@ class Lender:
                     return
                 # Whoever holds a program shows its content: a name alone opens nothing that somebody else sent.
                 if (right := await asyncio.to_thread(content_name, model, precision)) != name:
-                    raise RequestError(f"Programs are named by their content; this one is {right!r}, not {name[:60]!r}.")
+                    raise RequestError(
+                        f"Programs are named by their content; this one is {right!r}, not {name[:60]!r}."
+                    )
                 program = self._programs.get(name)
                 if program is None:
                     program = await self._compiled(name, model, precision)
@@ -548,9 +550,7 @@ class Slice:
         return [one for one in self._lender.service.snapshot() if one.name in held]
 
 
-def _program(
-    name: str, parameters: Mapping[str, str | bytes | int | bool]
-) -> tuple[bytes | None, str | None]:
+def _program(name: str, parameters: Mapping[str, str | bytes | int | bool]) -> tuple[bytes | None, str | None]:
     """Return the ONNX file of a load request, and the precision that it asks for.
 
     Raises:
@@ -599,7 +599,9 @@ def _slices(settings: LendingSettings) -> int:
     engine = None if target.engine is None else find_engine(backend, target.engine)
     devices = devices_of(backend, target.devices, engine)
     if not devices:
-        raise CoresUnavailable(f"There is no accelerator {settings.accelerator} here.", hint="accelrt doctor lists them.")
+        raise CoresUnavailable(
+            f"There is no accelerator {settings.accelerator} here.", hint="accelrt doctor lists them."
+        )
     sizes = [device.memory_bytes for device in devices]
     if any(size is None for size in sizes):
         raise OptionError(f"{settings.accelerator} does not tell its memory.", hint="Say how many --slices there are.")
