@@ -115,7 +115,7 @@ class RemoteEngine(Engine):
 
     def supports(self, node: Node, precision: Precision) -> Verdict:
         """Take what onnxruntime has kernels for: servers of the protocol run ONNX with it, or with more."""
-        # What a server computes in, it says when a program is loaded; which operators there are is all that is asked here.
+        # What a server computes in, it says when a program is loaded; here only operators are asked about.
         return self._cpu.supports(node, "fp32" if precision in REDUCED else precision)
 
     def compile(self, job: CompileJob, out: Path) -> Program:

@@ -18,6 +18,8 @@ import pytest
 
 pytest.importorskip("grpc")
 
+from tests.contract.lenders import LenderProcess, lender, state_of, upload
+
 import accelrt
 from accelrt.errors import (
     AccelrtError,
@@ -32,7 +34,6 @@ from accelrt.protocol.leases import EXTENSION, PRECISION_EXTENSION, SLICE, conte
 from accelrt.registry import REGISTRY
 from accelrt.testing.models import mlp, small_cnn
 from accelrt_eia import EiaBackend
-from tests.contract.lenders import LenderProcess, lender, state_of, upload
 
 MODEL = small_cnn()
 CNN, MLP = MODEL.SerializeToString(), mlp().SerializeToString()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from accelrt.errors import RequestError
+from accelrt.graph.types import Signature
 from accelrt.protocol.leases import DETAILS, SLICE, SliceState
 from accelrt.serve.interface import InferRequest, InferResponse, ModelMetadata, ServedModel
 from accelrt.serve.lending.turns import Turns
-from accelrt.graph.types import Signature
 
 if TYPE_CHECKING:
     from accelrt.serve.lending.lender import Lease
@@ -73,7 +74,7 @@ class SliceModel:
     def __init__(self, state: SliceState) -> None:
         self.name, self.version, self.signature = SLICE, "1", Signature((), ())
         self.metadata = ModelMetadata(SLICE, ("1",), "accelrt_slice", (), ())
-        self.config = {
+        self.config: Mapping[str, Any] = {
             "name": SLICE,
             "platform": "accelrt_slice",
             "backend": "accelrt",

@@ -67,7 +67,7 @@ class Turns:
             await asyncio.wait_for(asyncio.shield(turn), timeout_s)
         except BaseException as error:
             self._forget(party, turn)
-            if isinstance(error, TimeoutError | asyncio.TimeoutError):  # noqa: UP041 - two classes before Python 3.11
+            if isinstance(error, TimeoutError | asyncio.TimeoutError):
                 raise RequestTimeout(f"The call's turn did not come within {timeout_s:.3g} s.") from None
             raise
 

@@ -35,9 +35,9 @@ from accelrt.serve.models.repository import Repository, RepositoryModel, check_n
 from accelrt.serve.models.residency import Residency, Resident
 from accelrt.serve.models.served import LiveModel
 from accelrt.serve.models.settings import DEFAULT_MAX_QUEUE, ServiceSettings, merged
-from accelrt.serve.models.wishes import with_wishes
 from accelrt.serve.models.statistics import VersionStatistics
 from accelrt.serve.models.uploads import UploadedFiles, Uploads
+from accelrt.serve.models.wishes import with_wishes
 
 logger = logging.getLogger("accelrt")
 
