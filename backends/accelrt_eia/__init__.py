@@ -1,7 +1,7 @@
 """Accelerators that are reached over a network: endpoints of the Open Inference Protocol.
 
-``ACCELRT_EIA_ACCELERATORS="grpc://host:8001,grpcs://other:8001"`` makes the devices ``eia:0`` and ``eia:1``. Amazon's own
-accelerators are driven through its packages, where somebody still has both.
+``ACCELRT_EIA_ACCELERATORS="grpc://host:8001,grpcs://other:8001"`` makes the devices ``eia:0`` and ``eia:1``. Amazon's
+own accelerators are driven through its packages, where somebody still has both.
 """
 
 from __future__ import annotations
