@@ -160,7 +160,8 @@ class RemoteEngine(Engine):
             self._upload(endpoint, name, asked, lambda: _whole(path), timeout_s)
             self._hold_to(endpoint, name, asked)
 
-        share = options.shared_memory and self._accelerators.shares_memory(address)
+        # Where slices are lent, clients would share a machine's memory with each other.
+        share = not lent and options.shared_memory and self._accelerators.shares_memory(address)
         caller = Caller(endpoint, Model(name, "", program.signature), share=share)
         return RemoteExecutable(endpoint, caller, options.timeout_s, options.lost_after_s, restore, release)
 

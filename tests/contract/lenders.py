@@ -8,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class LenderProcess:
         self._arguments, self._environment = arguments, environment
         self.process: subprocess.Popen[str] | None = None
         self._clients: list[Endpoint] = []
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
         self.start()
 
     @property
@@ -46,12 +48,19 @@ class LenderProcess:
                 "--grpc-port", str(self.port), "--metrics-port", "-1", "--log-format", "text",
             ],
             stdout=subprocess.PIPE,
+            stderr=self._log,
             text=True,
             env=environment,
         )  # fmt: skip
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line.startswith("grpc: "), (line, self.process.wait())
+        assert line.startswith("grpc: "), (line, self.process.wait(), self.log)
+
+    @property
+    def log(self) -> str:
+        """What the server has logged."""
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
 
     def kill(self) -> None:
         assert self.process is not None

@@ -78,10 +78,11 @@ class Space:
             return "an emulator is never chosen unless it is asked for by name"
         if caps.last_resort:
             return "right but slow; it takes only what nothing else can run"
-        if not (status := status_of(candidate.engine)).usable:
-            return f"not usable here: {status.reason}" + (f" (try: {status.remedy})" if status.remedy else "")
+        # Before its status, for which some import a framework in a child process: seconds that nobody asked for.
         if takes_whole(candidate.engine) and self._format_for(candidate.engine) is None:
             return f"it takes sources whole, as {' or '.join(candidate.engine.formats)}; this one is not to be had so"
+        if not (status := status_of(candidate.engine)).usable:
+            return f"not usable here: {status.reason}" + (f" (try: {status.remedy})" if status.remedy else "")
         return None if devices else "its backend has no device here"
 
     def _format_for(self, engine: Engine) -> str | None:

@@ -297,6 +297,9 @@ async def _abort(context: Any, error: Exception) -> Any:
     trailing = [(KIND, type(error).__name__)] if isinstance(error, AccelrtError) else []
     if isinstance(error, ModelUnavailable) and error.retry_after_s is not None:
         trailing.append((RETRY_AFTER, str(int(error.retry_after_s * 1000))))
+    # gRPC's context keeps what ended the call, which keeps this frame, and so the error: a circle that lasts until the
+    # next collection. The frames that the error came through hold the model, and unloading would wait for it.
+    error.__traceback__ = error.__context__ = error.__cause__ = None
     await context.abort(code, details, tuple(trailing))
 
 
