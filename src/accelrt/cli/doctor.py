@@ -196,7 +196,7 @@ def _describe(info: BackendInfo) -> list[RenderableType]:
         parts.append(f"  {device.name}  {device.description}{memory}")
     if not info.devices:
         # What compiles without a device is a compiler that is here, and an engine without one is not usable.
-        able = any(engine.usable for engine in info.engines)
+        able = any(engine.status.usable for engine in info.engines)
         parts.append(
             Text(f"  no devices here{': models can be compiled for it, but not run' if able else ''}", style="yellow")
         )
