@@ -23,6 +23,7 @@ engines = [
     for backend in accelrt.backends()
     for engine in backend.engines
     if engine.status.usable and engine.takes_onnx and engine.name != "reference"
+    if backend.devices or engine.nature == "emulated"
 ]
 
 

@@ -206,7 +206,7 @@ def models() -> list[Model]:
 
 SLOW_S = 0.6
 """What Triton's slow models sleep. Those of accelrt multiply matrices for about as long."""
-_SLOW_SIZE, _SLOW_TIMES = 256, 500
+_SLOW_SIZE, _SLOW_TIMES = 256, 1500
 
 
 def _slow_nodes() -> tuple[onnx.NodeProto, ...]:

@@ -58,7 +58,7 @@ def put(root: Path, name: str, model: onnx.ModelProto | None = None, **settings:
     root.mkdir(parents=True, exist_ok=True)
     onnx.save(model or times_three(), root / f"{name}.onnx")
     if settings:
-        (root / f"{name}.json").write_text(json.dumps(settings))
+        (root / f"{name}.accelrt.json").write_text(json.dumps(settings))
 
 
 # Counting

@@ -55,12 +55,14 @@ def test_the_variable_is_read_as_pytorch_reads_it(entries: list[str]) -> None:
             patch.setenv("CUDA_VISIBLE_DEVICES", ",".join(entries))
             return list(torch.cuda._parse_visible_devices())
 
-    # This reader of PyTorch's does not know how many GPUs there are: what follows a number that is too large, doubles
+    # This reader of PyTorch's does not know which GPUs there are: what follows an entry that names none of them, doubles
     # among them, is hidden from it.
-    def too_large(entry: str) -> bool:
-        return any(isinstance(number, int) and number >= len(GPUS) for number in read([entry]))
+    def names_one(entry: str) -> bool:
+        if entry.startswith("GPU-"):
+            return sum(gpu.uuid.startswith(entry) for gpu in GPUS) == 1
+        return not any(isinstance(number, int) and number >= len(GPUS) for number in read([entry]))
 
-    shown = list(itertools.takewhile(lambda entry: not too_large(entry), entries))
+    shown = list(itertools.takewhile(names_one, entries))
     named = read(shown)
     if named and isinstance(named[0], str):
         named = torch.cuda._transform_uuid_to_ordinals(named, [gpu.uuid for gpu in GPUS])

@@ -176,3 +176,13 @@ def test_large_tensors_lie_aligned_in_a_request(name: str) -> None:
         assert key == "flag" or found.flags.aligned
     theirs = message("ModelInferRequest").FromString(data)
     assert list(theirs.raw_input_contents) == [array.tobytes() for array in inputs.values()]
+
+
+def test_an_array_keeps_the_view_that_it_was_made_of() -> None:
+    """Memory that is used again for the next request is free when no view of it is left: an array is to count as one."""
+    memory = bytearray(64)
+    array = from_raw("x", "FP32", [4], memoryview(memory)[:16])
+    with pytest.raises(BufferError):
+        memory.append(0)
+    del array
+    memory.append(0)

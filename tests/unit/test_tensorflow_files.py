@@ -172,5 +172,5 @@ def test_a_missing_package_is_named_with_the_command(
 ) -> None:
     (tmp_path / "frozen.pb").write_bytes(GRAPH_DEF)
     monkeypatch.setattr("accelrt.sources.tensorflow.is_installed", lambda asked, package=package: asked != package)
-    with pytest.raises(SourceError, match=rf"needs {package}.*pip install accelrt\[tensorflow\]"):
+    with pytest.raises(SourceError, match=rf"needs {package}.*pip install 'accelrt\[tensorflow\]'"):
         open_source(tmp_path / "frozen.pb", SourceRequest())

@@ -626,7 +626,7 @@ def test_a_missing_package_is_named_with_the_command(
     path = tmp_path / "model.pt2"
     torch.export.save(torch.export.export(cnn, (image,)), path)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SourceError, match=rf"needs {package}.*pip install accelrt\[torch\]"):
+    with pytest.raises(SourceError, match=rf"needs {package}.*pip install 'accelrt\[torch\]'"):
         to_onnx(path, request())
 
 

@@ -161,7 +161,9 @@ def from_raw(
         )
     if not count:
         return np.empty(shape, dtype)
-    array: Array = np.ndarray(shape, dtype, buffer, offset)
+    # Not `np.ndarray(buffer=...)`: it keeps what a memoryview looks at, but not the view, by which the owner of memory
+    # that is used again knows that somebody still looks at it.
+    array: Array = np.frombuffer(buffer, dtype, count, offset).reshape(shape)
     if datatype == "BOOL" and array.view(np.uint8).max() > 1:
         raise RequestError(f"Tensor {shown(name)} is BOOL, and holds a byte that is neither 0 nor 1.")
     return array if array.flags.aligned else array.copy()
