@@ -286,7 +286,7 @@ def part(port: int, pid: int, seconds: float, clients: int, models: int) -> dict
 def over_http(root: Path, asked: argparse.Namespace) -> bool:
     """Measure with a server and clients; report, and tell whether the claims hold."""
     for number in range(PINNED):
-        (root / f"m{number}.json").write_text('{"pinned": true}')
+        (root / f"m{number}.accelrt.json").write_text('{"pinned": true}')
     seconds = asked.minutes * 60
     with served(root, asked.resident) as (port, metrics, pid):
         for number in range(asked.models):  # so that no compile falls into the measurement
