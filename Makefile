@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test suite lint types docs protocol build bench clean
+.PHONY: demo test conformance suite lint types docs protocol build bench clean
 
 # torch first and from pip: with the pinned release installed, nothing later pulls another build of it.
 $(VENV)/.test: pyproject.toml
@@ -25,7 +25,11 @@ demo: $(VENV)/.core
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not suite and not gpu"
 
-# What takes minutes: ONNX's whole backend suite on four targets, and models of gigabytes.
+# ONNX's whole backend suite, on four targets of the CPU and lowered to torch.
+conformance: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "suite" tests/contract/test_onnx_suite.py tests/contract/test_lowering_suite.py
+
+# All that takes minutes: that suite on every target, models of gigabytes, faults and fuzzers in their long forms.
 suite: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "suite"
 
