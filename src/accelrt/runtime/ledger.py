@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 
@@ -29,10 +28,6 @@ class Hold:
         self.released = True
 
 
-_COLLECT_AGAIN_S = (0.005, 0.02, 0.1)
-"""Pauses before devices are refused: as long as a collection takes that another thread has begun."""
-
-
 class Ledger:
     """Devices of all backends, and who holds them. Thread-safe.
 
@@ -53,16 +48,9 @@ class Ledger:
         try:
             return self._acquire(backend, owner, choose)
         except CoresUnavailable:
-            if not self.holders(backend):
-                raise
-        # Sessions are parts of cycles, so those that were dropped without being closed wait for the collector. While it
-        # is at work in another thread, asking for it does nothing; so it is asked again.
-        for pause_s in _COLLECT_AGAIN_S:
-            gc.collect()
-            try:
-                return self._acquire(backend, owner, choose)
-            except CoresUnavailable:
-                time.sleep(pause_s)
+            # Sessions are parts of cycles, so those that were dropped without being closed wait for the collector. Who
+            # holds what now is not asked: the collector may have come by itself since.
+            pass
         gc.collect()
         return self._acquire(backend, owner, choose)
 
