@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from accelrt.backend import Backend, Device, DeviceTensor, Engine
+from accelrt.graph.dlpack import CUDA
 from accelrt_cuda import caller_tensors, nvml
 from accelrt_cuda.onnxruntime import OnnxRuntimeCudaEngine
 from accelrt_cuda.report import facts_of
@@ -27,7 +28,7 @@ class CudaBackend(Backend):
         return nvml.devices(backend=self.name)
 
     def dlpack_device(self, device: Device) -> tuple[int, int] | None:
-        return caller_tensors.CUDA, device.index
+        return CUDA, device.index
 
     def settle(self, tensors: Sequence[DeviceTensor]) -> None:
         caller_tensors.settle(tensors)

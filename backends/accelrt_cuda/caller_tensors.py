@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-CUDA = 2
-"""``kDLCUDA``: DLPack's number of the kind of device."""
-
 _LEGACY = 1
 """``CU_STREAM_LEGACY``, and the number under which DLPack's Python protocol knows CUDA's legacy default stream."""
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -12,16 +11,12 @@ import numpy as np
 from accelrt.backend import Device, DeviceTensor, Executable
 from accelrt.errors import ExecutionError
 from accelrt.graph.convert import elem_type
+from accelrt.graph.dlpack import CODES, CPU, CUDA, Managed, pointer_of
 from accelrt.graph.ort_values import Feeder, from_ort, needs_bits
 from accelrt.graph.types import Port, Signature, TensorType, Value
 from accelrt_cuda.failures import device_lost, lost, no_room, out_of_memory, short
 
 NAME = "cuda/onnxruntime"
-
-_DL_CPU, _DL_CUDA = 1, 2
-_DL_UINT, _DL_BOOL = 1, 6
-_DL_CODE_AT = 20
-"""Where a DLTensor has the code of its data type: after a pointer, a device of two integers, and the rank."""
 
 
 class ResidentTensor:
@@ -48,7 +43,7 @@ class ResidentTensor:
             raise BufferError("this tensor is handed over where it is, and not copied")
         capsule = self._value.__dlpack__()
         # onnxruntime says that truth values are whole numbers; others take its word for it.
-        return _retyped(capsule, _DL_BOOL) if self.dtype == "bool" else capsule
+        return _retyped(capsule, "bool") if self.dtype == "bool" else capsule
 
     def copied(self) -> np.ndarray[Any, Any]:
         """Return a copy in the host's memory."""
@@ -67,7 +62,7 @@ class _Handed:
 
     def __dlpack__(self, *, stream: Any = None) -> Any:
         capsule = self._tensor.__dlpack__()
-        return _retyped(capsule, _DL_UINT) if self.dtype == "bool" else capsule
+        return _retyped(capsule, "uint") if self.dtype == "bool" else capsule
 
 
 class Resident(Executable):
@@ -99,7 +94,7 @@ class Resident(Executable):
             return self._from_host(value, port)
         dtype = port.type.dtype if isinstance(port.type, TensorType) else ""
         kind, index = value.__dlpack_device__()
-        if int(kind) != _DL_CPU and (int(kind), int(index)) != (_DL_CUDA, self._device.index):
+        if int(kind) != CPU and (int(kind), int(index)) != (CUDA, self._device.index):
             raise ExecutionError(
                 f"The input {port.name!r} is on DLPack device {(int(kind), int(index))}, the program on CUDA device "
                 f"{self._device.index}.",
@@ -219,13 +214,7 @@ def _dtype(port: Port) -> str:
     return port.type.dtype if isinstance(port.type, TensorType) else ""
 
 
-_pointer: Callable[..., Any] = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer.restype = ctypes.c_void_p  # type: ignore[attr-defined]
-_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]  # type: ignore[attr-defined]
-
-
-def _retyped(capsule: Any, code: int) -> Any:
-    """Return a capsule of bytes with another code of their type: truth values are bytes of 0 and 1 either way."""
-    address = _pointer(capsule, b"dltensor") + _DL_CODE_AT
-    ctypes.c_uint8.from_address(address).value = code
+def _retyped(capsule: Any, kind: str) -> Any:
+    """Return a capsule of bytes as another kind of elements: truth values are bytes of 0 and 1 either way."""
+    Managed.from_address(pointer_of(capsule, b"dltensor")).tensor.code = CODES[kind]
     return capsule

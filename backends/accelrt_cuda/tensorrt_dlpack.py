@@ -1,7 +1,4 @@
-"""Tensors on the device as DLPack has them: read from any library without a copy, and handed to any.
-
-The structures are those of ``dlpack.h``, before version 1 (``dltensor``) and since (``dltensor_versioned``).
-"""
+"""Tensors on the device as DLPack has them: read from any library without a copy, and handed to any."""
 
 from __future__ import annotations
 
@@ -9,62 +6,21 @@ import contextlib
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
+from accelrt.backend import HOST
+from accelrt.graph.dlpack import CODES, CUDA, DELETER, FORMS, Exported, Managed, Tensor, Versioned, exported
 from accelrt.graph.types import bits_of, numpy_dtype
 
-HOST = (1, 0)  # kDLCPU
-CUDA = 2  # kDLCUDA
-_CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "complex": 5, "bool": 6}
 _MAJOR, _MINOR = 1, 0
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-_DELETER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class _Managed(ctypes.Structure):
-    _fields_: ClassVar = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", _DELETER)]
-
-
-class _Versioned(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("context", ctypes.c_void_p),
-        ("deleter", _DELETER),
-        ("flags", ctypes.c_uint64),
-        ("tensor", _DLTensor),
-    ]
-
-
-_FORMS: dict[bytes, type[_Managed | _Versioned]] = {b"dltensor": _Managed, b"dltensor_versioned": _Versioned}
-_NAMES = {name: ctypes.c_char_p(name) for name in _FORMS}  # a capsule keeps the pointer, so it must stay
+_NAMES = {name: ctypes.c_char_p(name) for name in FORMS}  # a capsule keeps the pointer, so it must stay
 
 _CAPSULE_DESTRUCTOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _python = ctypes.pythonapi
 _new = _python.PyCapsule_New
 _new.restype, _new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, _CAPSULE_DESTRUCTOR)
-_name_of = _python.PyCapsule_GetName
-_name_of.restype, _name_of.argtypes = ctypes.c_char_p, (ctypes.py_object,)
-_pointer_of = _python.PyCapsule_GetPointer
-_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 # The destructor gets a capsule that is being destroyed: as an address, so that nobody counts a reference to it.
 _is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", _python))
 _raw_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_GetPointer", _python))
@@ -88,35 +44,17 @@ def read(tensor: Any) -> Found:
         TypeError: It gives no capsule of a tensor, or of elements that accelrt does not know.
         ValueError: It is not in C order.
     """
-    capsule = tensor.__dlpack__(stream=-1)
-    try:
-        name = _name_of(capsule)
-    except ValueError as error:
-        raise TypeError("its __dlpack__ gives no capsule") from error
-    if name not in _FORMS:
-        raise TypeError(f"its __dlpack__ gives a capsule named {name!r}")
-    held = _FORMS[name].from_address(_pointer_of(capsule, name)).tensor
-    shape = tuple(held.shape[axis] for axis in range(held.ndim))
-    if held.strides and not _packed(shape, [held.strides[axis] for axis in range(held.ndim)]):
+    found = exported(tensor)
+    if not found.contiguous:
         raise ValueError("it is not in C order")
-    # The capsule is not consumed: its own destructor lets the tensor go when nobody holds it any more.
-    return Found((held.data or 0) + held.byte_offset, shape, _dtype(held), (held.device_type, held.device_id), capsule)
+    return Found(found.address, found.shape, _dtype(found), found.device, found.capsule)
 
 
-def _packed(shape: tuple[int, ...], strides: list[int]) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return 0 in shape
-        expected *= size
-    return True
-
-
-def _dtype(held: Any) -> str:
-    kind = next((name for name, code in _CODES.items() if code == held.code), None)
-    if kind is None or held.lanes != 1:
-        raise TypeError(f"its elements are of kind {held.code} with {held.bits} bits and {held.lanes} lanes")
-    return "bool" if kind == "bool" else f"{kind}{held.bits}"
+def _dtype(found: Exported) -> str:
+    kind = next((name for name, code in CODES.items() if code == found.code), None)
+    if kind is None or found.lanes != 1:
+        raise TypeError(f"its elements are of kind {found.code} with {found.bits} bits and {found.lanes} lanes")
+    return "bool" if kind == "bool" else f"{kind}{found.bits}"
 
 
 class DeviceArray:
@@ -180,14 +118,14 @@ _exported: dict[int, tuple[Any, ...]] = {}
 
 
 def _capsule(array: DeviceArray, versioned: bool) -> Any:
-    form, name = (_Versioned, b"dltensor_versioned") if versioned else (_Managed, b"dltensor")
+    form, name = (Versioned, b"dltensor_versioned") if versioned else (Managed, b"dltensor")
     managed: Any = form()
     rank = len(array.shape)
     shape = (ctypes.c_int64 * max(rank, 1))(*array.shape)
     steps = np.cumprod((1, *array.shape[:0:-1]))[::-1] if rank else ()
     strides = (ctypes.c_int64 * max(rank, 1))(*map(int, steps))
     code, bits = _code(array.dtype)
-    managed.tensor = _DLTensor(
+    managed.tensor = Tensor(
         array.address, CUDA, array.ordinal, rank, code, bits, 1,
         ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64)), ctypes.cast(strides, ctypes.POINTER(ctypes.c_int64)), 0,
     )  # fmt: skip
@@ -201,22 +139,22 @@ def _capsule(array: DeviceArray, versioned: bool) -> Any:
 
 def _code(dtype: str) -> tuple[int, int]:
     kind = dtype.rstrip("0123456789")
-    if kind not in _CODES or (kind == "float" and not dtype[5:].isdecimal()):
+    if kind not in CODES or (kind == "float" and not dtype[5:].isdecimal()):
         raise BufferError(f"DLPack has no name for elements of {dtype}.")
-    return _CODES[kind], bits_of(dtype)
+    return CODES[kind], bits_of(dtype)
 
 
 def _forget(address: int) -> None:
     _exported.pop(address, None)
 
 
-_let_go = _DELETER(_forget)
+_let_go = DELETER(_forget)
 
 
 def _drop(capsule: int) -> None:
     """Let go of a tensor whose capsule nobody consumed; whoever does renames it."""
     with contextlib.suppress(Exception):  # nothing may leave a destructor
-        for name in _FORMS:
+        for name in FORMS:
             if _is_valid(capsule, name):
                 _forget(_raw_pointer(capsule, name))
                 return

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from accelrt.backend import DeviceTensor, Executable
+from accelrt.backend import HOST, DeviceTensor, Executable
 from accelrt.errors import AccelrtError, DeviceLost, ExecutionError, IncompatibleProgram, OutOfDeviceMemory
+from accelrt.graph.dlpack import CUDA
 from accelrt.graph.types import Signature, TensorType, Value, bits_of, numpy_dtype
 from accelrt_cuda import tensorrt_dlpack
 from accelrt_cuda.tensorrt_api import LOG, bindings, dtype_of, trt_logger
@@ -367,7 +368,7 @@ class _Lane:
 
     def _resident(self, tensor: Tensor, value: Any) -> Any:
         kind, ordinal = value.__dlpack_device__()
-        if (int(kind), int(ordinal)) == tensorrt_dlpack.HOST:
+        if (int(kind), int(ordinal)) == HOST:
             return None
         try:
             found = tensorrt_dlpack.read(value)
@@ -375,10 +376,10 @@ class _Lane:
             raise ExecutionError(
                 f"The input {tensor.name!r} cannot be read from the device: {error}.", backend=NAME
             ) from error
-        if found.device != (tensorrt_dlpack.CUDA, self._gpu.ordinal) or found.dtype != tensor.dtype:
+        if found.device != (CUDA, self._gpu.ordinal) or found.dtype != tensor.dtype:
             raise ExecutionError(
                 f"The input {tensor.name!r} is {found.dtype} on device {found.device}; the plan takes "
-                f"{tensor.dtype} on {(tensorrt_dlpack.CUDA, self._gpu.ordinal)}.",
+                f"{tensor.dtype} on {(CUDA, self._gpu.ordinal)}.",
                 backend=NAME,
             )
         return found

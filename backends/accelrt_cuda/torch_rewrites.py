@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
 from accelrt.graph.lowering import host
-from accelrt.graph.lowering.kernels import attention, cast, conv, elementwise, matmul, reduce, shape
+from accelrt.graph.lowering.kernels import cast, conv, elementwise, matmul, reduce, shape
 
 _SOFTMAX_PER_AXIS = 13
 """The version of Softmax that works along one axis."""
@@ -348,8 +348,3 @@ def weights_to_channels_last(module: Any) -> int:
             setattr(module, node.args[1].target, weight.contiguous(memory_format=torch.channels_last))
             done += 1
     return done
-
-
-def count_attention(module: Any) -> int:
-    """Return how many calls of attention a graph has that torch may compute in one kernel."""
-    return sum(_calls(node, attend) or _calls(node, attention.attention) for node in module.graph.nodes)

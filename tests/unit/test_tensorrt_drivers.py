@@ -38,6 +38,7 @@ from accelrt.errors import (
     OptionError,
     OutOfDeviceMemory,
 )
+from accelrt.graph import dlpack
 from accelrt.graph.load import load_graph
 from accelrt.graph.types import Port, Signature, TensorType
 from accelrt.graph.weights import WeightFile
@@ -1065,7 +1066,7 @@ def test_capsules_let_go_of_what_they_hold(engine: TensorRtEngine, tmp_path: Pat
         # A reader that consumes it renames it, and calls the deleter when it is done.
         capsule = held.__dlpack__(max_version=versioned)
         name = b"dltensor" if versioned is None else b"dltensor_versioned"
-        address = tensorrt_dlpack._pointer_of(capsule, name)
+        address = dlpack.pointer_of(capsule, name)
         rename = ctypes.pythonapi.PyCapsule_SetName
         rename.argtypes = (ctypes.py_object, ctypes.c_char_p)
         used = b"used_" + name
@@ -1073,7 +1074,7 @@ def test_capsules_let_go_of_what_they_hold(engine: TensorRtEngine, tmp_path: Pat
         del capsule
         gc.collect()
         assert len(tensorrt_dlpack._exported) == 1
-        tensorrt_dlpack._FORMS[name].from_address(address).deleter(address)
+        dlpack.FORMS[name].from_address(address).deleter(address)
         assert tensorrt_dlpack._exported == {}
 
 

@@ -17,8 +17,6 @@ from heapq import heappop, heappush
 
 from accelrt.graph.node import Node
 
-Drain = tuple[int, ...]
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
