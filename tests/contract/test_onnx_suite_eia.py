@@ -67,7 +67,7 @@ def test_every_case_passes_on_a_slice(
     assert ran["eia/remote"] > 0.7 * sum(ran.values())
     # Falling back is what a client does when a server does not answer in time; of a server at hand it is not expected.
     assert fallbacks["calls"] <= 5
-    assert fallbacks["sessions on a slice"] > 1700
+    assert fallbacks["sessions on a slice"] > 1500
     assert not left.holders  # every program was given back, and the slice with the last
 
 
