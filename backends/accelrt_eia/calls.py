@@ -10,8 +10,9 @@ import numpy as np
 
 from accelrt.errors import ExecutionError, InputError, RequestError, RequestTooLarge
 from accelrt.graph.types import Signature, TensorType, Value, numpy_dtype
-from accelrt.protocol.client import MOST_MESSAGE_BYTES, Endpoint
+from accelrt.protocol.client import Endpoint
 from accelrt.protocol.datatypes import DATATYPES, DTYPES, Array, from_contents, from_raw, to_raw
+from accelrt.protocol.local_socket import MOST_MESSAGE_BYTES
 from accelrt.protocol.wire import (
     BYTE_SIZE,
     OFFSET,
@@ -23,8 +24,6 @@ from accelrt.protocol.wire import (
     write_request,
 )
 from accelrt_eia.slots import Region, Slots, aligned
-
-INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 WORTH_SHARING = 32 << 10
 """Bytes of a tensor from which on shared memory is quicker than a message."""
@@ -58,10 +57,11 @@ class Caller:
         endpoint: The server.
         model: The model on it.
         share: Whether tensors may travel in shared memory.
+        local_socket: Whether calls may go over the server's Unix socket.
     """
 
-    def __init__(self, endpoint: Endpoint, model: Model, *, share: bool) -> None:
-        self._endpoint, self._model = endpoint, model
+    def __init__(self, endpoint: Endpoint, model: Model, *, share: bool, local_socket: bool = True) -> None:
+        self._endpoint, self._model, self._local_socket = endpoint, model, local_socket
         self._dtypes = {
             port.name: port.type.dtype for port in model.signature.outputs if isinstance(port.type, TensorType)
         }
@@ -95,9 +95,8 @@ class Caller:
                 f"{MOST_MESSAGE_BYTES}.",
                 hint="Predict fewer rows at a time.",
             )
-        reply = self._endpoint.call(
-            INFER, write_request(self._model.name, self._model.version, arrays), deadline - time.monotonic()
-        )
+        data = write_request(self._model.name, self._model.version, arrays)
+        reply = self._endpoint.infer(data, deadline - time.monotonic(), local_socket=self._local_socket)
         return self._answer(arrays, reply, None)
 
     def close(self) -> None:
@@ -133,7 +132,7 @@ class Caller:
                     self._written.clear()
                 self._written[key] = data
         try:
-            reply = self._endpoint.call(INFER, data, deadline - time.monotonic())
+            reply = self._endpoint.infer(data, deadline - time.monotonic(), local_socket=self._local_socket)
         except RequestError:
             # A server that was started anew has forgotten the region; if the inputs are wrong, it will say so again.
             slots.lost(region)
@@ -157,7 +156,7 @@ class Caller:
             at += aligned(size)
         return write_request(self._model.name, self._model.version, arrays, placed=placed, outputs=asked)
 
-    def _answer(self, arrays: Mapping[str, Array], reply: bytes, region: Region | None) -> dict[str, Value]:
+    def _answer(self, arrays: Mapping[str, Array], reply: bytes | bytearray, region: Region | None) -> dict[str, Value]:
         try:
             return self._outputs(arrays, read_response(reply), region)
         except (RequestError, InputError) as error:

@@ -41,8 +41,9 @@ from accelrt.errors import (
 from accelrt.graph.node import WEIGHTS_FILE, Node
 from accelrt.graph.types import Value
 from accelrt.protocol.address import Address, parse_address
-from accelrt.protocol.client import MOST_MESSAGE_BYTES, ClientSettings, Endpoint
+from accelrt.protocol.client import ClientSettings, Endpoint
 from accelrt.protocol.leases import EXTENSION, PRECISION, PRECISION_EXTENSION, content_name, placement_of
+from accelrt.protocol.local_socket import MOST_MESSAGE_BYTES
 from accelrt_eia.accelerators import Accelerators, addresses
 from accelrt_eia.borrowing import DEFAULT_LEASE_S, Borrowed
 from accelrt_eia.calls import Caller, Model, carriable
@@ -71,12 +72,14 @@ class RemoteOptions:
         lost_after_s: An endpoint that was not reached for this long counts as lost: its calls go to other replicas, and
             this session does not ask it again. Until then each call that it fails is answered by the CPU.
         shared_memory: Let tensors travel in shared memory where the server is on this machine.
+        local_socket: Let calls go over the server's Unix socket there, in place of gRPC.
     """
 
     timeout_s: float = 30.0
     load_timeout_s: float = 600.0
     lost_after_s: float = 30.0
     shared_memory: bool = True
+    local_socket: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout_s <= 86400 or not 0 < self.load_timeout_s <= 86400 or not self.lost_after_s >= 0:
@@ -162,7 +165,8 @@ class RemoteEngine(Engine):
 
         # Where slices are lent, clients would share a machine's memory with each other.
         share = not lent and options.shared_memory and self._accelerators.shares_memory(address)
-        caller = Caller(endpoint, Model(name, "", program.signature), share=share)
+        model = Model(name, "", program.signature)
+        caller = Caller(endpoint, model, share=share, local_socket=options.local_socket)
         return RemoteExecutable(endpoint, caller, options.timeout_s, options.lost_after_s, restore, release)
 
     def _consult(self, path: Path, precision: Precision, timeout_s: float) -> str:

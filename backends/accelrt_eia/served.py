@@ -40,10 +40,12 @@ class ServedOptions:
     Attributes:
         timeout_s: How long one call may take, trying again included.
         shared_memory: Let tensors travel in shared memory where the server is on this machine.
+        local_socket: Let calls go over the server's Unix socket there, in place of gRPC.
     """
 
     timeout_s: float = 30.0
     shared_memory: bool = True
+    local_socket: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout_s <= 86400:
@@ -115,6 +117,8 @@ class ServedEngine(Engine):
                     hint="Compile it again.",
                     backend=self.name,
                 )
-        share = program.options.shared_memory and self._accelerators.shares_memory(address)
+        options = program.options
+        share = options.shared_memory and self._accelerators.shares_memory(address)
         model = Model(address.model, address.version, signature)
-        return RemoteExecutable(endpoint, Caller(endpoint, model, share=share), program.options.timeout_s)
+        caller = Caller(endpoint, model, share=share, local_socket=options.local_socket)
+        return RemoteExecutable(endpoint, caller, options.timeout_s)

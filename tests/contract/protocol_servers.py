@@ -17,10 +17,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import TensorProto, helper
 
 ONNX_TYPES: Mapping[str, int] = {
@@ -206,10 +208,27 @@ def models() -> list[Model]:
 
 SLOW_S = 0.6
 """What Triton's slow models sleep. Those of accelrt multiply matrices for about as long."""
-_SLOW_SIZE, _SLOW_TIMES = 256, 1500
+_SLOW_SIZE = 256
+
+
+@cache
+def _slow_times() -> int:
+    """Return how many products this machine makes in the time that the others sleep."""
+    model = Model("trial", {"x": ("FP32", (1,))}, {"y": ("FP32", (1,))}, _looping(200), "").onnx()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    took = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        session.run(None, {"x": np.ones(1, np.float32)})
+        took.append(time.perf_counter() - start)
+    return max(200, int(200 * SLOW_S / min(took)))
 
 
 def _slow_nodes() -> tuple[onnx.NodeProto, ...]:
+    return _looping(_slow_times())
+
+
+def _looping(count: int) -> tuple[onnx.NodeProto, ...]:
     """y = x, after a loop of matrix products whose result is added as zero so that nothing can leave them out."""
     matrix = helper.make_tensor("m", TensorProto.FLOAT, [_SLOW_SIZE] * 2, np.eye(_SLOW_SIZE, dtype=np.float32).ravel())
     body = helper.make_graph(
@@ -228,7 +247,7 @@ def _slow_nodes() -> tuple[onnx.NodeProto, ...]:
             helper.make_tensor_value_info("next", TensorProto.FLOAT, [_SLOW_SIZE] * 2),
         ],
     )
-    times = helper.make_tensor("n", TensorProto.INT64, [], [_SLOW_TIMES])
+    times = helper.make_tensor("n", TensorProto.INT64, [], [count])
     zero = helper.make_tensor("z", TensorProto.FLOAT, [], [0.0])
     return (
         helper.make_node("Constant", [], ["matrix"], value=matrix),

@@ -865,6 +865,8 @@ def test_what_is_advertised_is_the_same_by_both(server: Server, kind: str) -> No
         set(client.json(client.raw.get_server_metadata())["extensions"])
         for client in (Client(server, "http"), Client(server, kind))
     ]
+    # A socket for clients on this machine takes gRPC's messages, and only gRPC names it.
+    found = [{name for name in each if not name.startswith("accelrt_local_socket(")} for each in found]
     assert found[0] == found[1] >= {"binary_tensor_data", "system_shared_memory", "parameters"}
     missing = {"classification", "sequence", "cuda_shared_memory", "trace", "logging"}
     assert bool(found[0] & missing) == differs(server, "classification")

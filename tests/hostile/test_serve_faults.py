@@ -145,7 +145,7 @@ def test_connections_are_cut_in_requests_and_in_replies(
         eia.cutting = False
         plain = Tally("connections cut, HTTP clients")
         rpc, remote = Tally("connections cut, gRPC clients"), Tally("connections cut, eia client")
-        with session_on(eia.port, monkeypatch, "warn") as session:
+        with session_on(eia.port, monkeypatch, "warn", local_socket=False) as session:  # which the proxy cannot cut
             eia.cutting = True
             with (
                 under_load(plain, over_http(http.port), 4),

@@ -452,7 +452,10 @@ def test_a_connection_that_is_cut_in_a_reply_is_made_again_and_the_call_answered
     use(f"grpc://127.0.0.1:{proxy.port}")
     try:
         with accelrt.load(
-            _identity(("x", "float32")), backend="eia/remote", options={"shared_memory": False}, fallback="error"
+            _identity(("x", "float32")),
+            backend="eia/remote",
+            options={"shared_memory": False, "local_socket": False},
+            fallback="error",
         ) as session:
             for number in range(6):
                 x = np.full((200, 300), number, np.float32)

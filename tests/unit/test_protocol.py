@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -135,13 +136,40 @@ def test_bfloat16_and_bytes_that_are_no_bool() -> None:
         to_raw(np.zeros(1, np.complex64))
 
 
-def test_requests_without_tensors_are_remembered_and_those_with_are_not() -> None:
-    from accelrt.protocol.wire import REGION
+@given(
+    arrays=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4),
+)
+def test_what_is_remembered_of_a_message_is_what_would_be_read_again(
+    arrays: list[int], changes: list[tuple[float, int]]
+) -> None:
+    from accelrt.protocol import wire
 
-    placed = write_request("m", "", {"x": np.zeros(4)}, placed={"x": {REGION: "r"}})
-    assert read_request(placed) is read_request(bytes(bytearray(placed)))
-    sent = write_request("m", "", {"x": np.zeros(4)})
-    assert read_request(sent) is not read_request(sent)
+    data = write_request("m", "1", {f"x{at}": np.arange(size, dtype=np.uint8) for at, size in enumerate(arrays)})
+    read_request(data)
+    other = bytearray(data)
+    for place, value in changes:
+        other[int(place * len(other))] = value
+
+    def outcome() -> Any:
+        try:
+            found = read_request(bytes(other))
+        except RequestError as error:
+            return error.message
+        return replace(found, raw=[bytes(each) for each in found.raw])
+
+    remembered = outcome()
+    wire._remembered.clear()
+    assert remembered == outcome()
+
+
+def test_messages_that_differ_in_their_tensors_are_not_taken_apart_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelrt.protocol import wire
+
+    read_request(write_request("m", "", {"x": np.zeros(400)}))
+    monkeypatch.setattr(wire, "_fields", None)
+    found = read_request(write_request("m", "", {"x": np.ones(400)}))
+    assert found.model_name == "m" and bytes(found.raw[0]) == np.ones(400).tobytes()
 
 
 def test_errors_come_back_as_they_went() -> None:

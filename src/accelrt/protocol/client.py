@@ -4,6 +4,9 @@ Every method of the protocol that is called here may be repeated: a model is a f
 under the name of its content twice leaves the same model. So a call whose connection was lost is made once more, on a
 new connection, within the time that is left to it; the first one's answer cannot come any more then.
 
+Inference at a server on this machine goes over its Unix socket where it has one (`accelrt.protocol.local_socket`). If
+that is lost, the call is made once more as any other, and the socket is looked for again a little later.
+
 An endpoint that cannot be reached is left alone for a while, longer each time; calls in between fail at once, so that
 whoever made them can do without it. One call at a time tries it again.
 """
@@ -11,6 +14,7 @@ whoever made them can do without it. One call at a time tries it again.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import threading
 import time
@@ -19,15 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelrt.errors import AccelrtError, DeviceError, OptionError
+from accelrt.errors import AccelrtError, DeviceError, OptionError, RequestTimeout
 from accelrt.protocol.address import Address
 from accelrt.protocol.faults import KIND, RETRY_AFTER, error_of
 from accelrt.protocol.leases import TOKEN
+from accelrt.protocol.local_socket import LocalSocket, socket_named
 
-MOST_MESSAGE_BYTES = (1 << 31) - 1
-"""protobuf and gRPC count a message's bytes in 31 bits."""
+INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.1, 5.0
+_LOOKING_S, _LOOK_AGAIN_S = 1.0, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,37 @@ class Endpoint:
         if token is not None:
             metadata.append((TOKEN, token))
         self._metadata = tuple(metadata) or None
+        self._local: LocalSocket | None = None
+        self._look_at = 0.0
+
+    def infer(self, data: bytes, timeout_s: float, *, local_socket: bool = True) -> bytes | bytearray:
+        """Call ``ModelInfer``; as `call`, and what it raises.
+
+        Args:
+            data: The request.
+            timeout_s: How long all of it may take.
+            local_socket: Whether it may go over the server's Unix socket.
+        """
+        if not local_socket or (local := self._near()) is None:
+            return self.call(INFER, data, timeout_s)
+        self._may_try()
+        deadline = time.monotonic() + timeout_s
+        try:
+            reply = local.call(data, timeout_s)
+        except TimeoutError as error:
+            self._failed()
+            raise RequestTimeout(f"{self.address.endpoint} has not answered within {timeout_s:.3g} s.") from error
+        except OSError:
+            with self._lock:
+                if self._local is local:
+                    self._local, self._look_at = None, time.monotonic() + _LOOK_AGAIN_S
+            local.close()
+            return self.call(INFER, data, max(0.001, deadline - time.monotonic()))
+        except AccelrtError:
+            self._answered()
+            raise
+        self._answered()
+        return reply
 
     def call(self, path: str, data: bytes, timeout_s: float, *, patient: bool = False) -> bytes:
         """Call a method with the bytes of its request and return those of its reply.
@@ -201,10 +237,35 @@ class Endpoint:
         with self._lock:
             self._closed = True
             link, self._link = self._link, None
+            local, self._local = self._local, None
         if link is not None:
             link.channel.close()
+        if local is not None:
+            local.close()
 
     # The connection
+
+    def _near(self) -> LocalSocket | None:
+        """Return the server's Unix socket; look for it now and then, if it is not known."""
+        if self._local is not None or time.monotonic() < self._look_at:
+            return self._local
+        with self._lock:
+            if self._closed or time.monotonic() < self._look_at:
+                return self._local
+            self._look_at = time.monotonic() + _LOOK_AGAIN_S  # the others do without while this one looks
+        if self.address.secure or not self.address.local:
+            self._look_at = math.inf
+            return None
+        found: LocalSocket | None = None
+        with contextlib.suppress(AccelrtError, OSError):
+            name = socket_named(self.ask("ServerMetadata", _LOOKING_S).extensions)
+            if name is None:
+                self._look_at = math.inf  # until there is another connection, which may be to another server
+            else:
+                found = LocalSocket(name, self._metadata or ())
+                found.connect()
+                self._local = found
+        return self._local
 
     def _take(self) -> _Link:
         with self._lock:
@@ -213,6 +274,7 @@ class Endpoint:
             if self._link is None:
                 self._link = _Link(_channel(self.address, self._settings))
                 self.epoch += 1
+                self._look_at = min(self._look_at, time.monotonic() + _LOOK_AGAIN_S)
             self._link.users += 1
             return self._link
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from accelrt.errors import RequestError
@@ -19,11 +19,15 @@ from accelrt.protocol.datatypes import Array, datatype_of, to_raw
 Parameter: TypeAlias = bool | int | float | str
 Parameters: TypeAlias = Mapping[str, Parameter]
 Buffer: TypeAlias = bytes | memoryview
+Message: TypeAlias = bytes | bytearray
 
 REGION, BYTE_SIZE, OFFSET = "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"
 """The parameters of a tensor that lies in shared memory."""
 
 _MOST_REMEMBERED, _MOST_REMEMBERED_BYTES = 256, 1024
+_OF_ONE_LENGTH = 4
+"""Messages of one length that are remembered: those of so many models that take and give the same."""
+
 _DOUBLE = struct.Struct("<d")
 _NONE: Parameters = {}
 
@@ -63,36 +67,69 @@ _ALIGNMENT = 16
 
 _WORTH_ALIGNING = 16 << 10
 
-_remembered: dict[bytes, WireInfer] = {}
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    """What was read of a message, but for its raw contents, and all bytes that are not theirs, by their places."""
+
+    read: WireInfer
+    raw: tuple[slice, ...]
+    others: tuple[tuple[slice, bytes], ...]
 
 
-def read_request(data: bytes) -> WireInfer:
+_remembered: dict[tuple[int, int], tuple[_Remembered, ...]] = {}
+
+
+def read_request(data: Message) -> WireInfer:
     """Read a ``ModelInferRequest``; what is returned is not to be changed.
 
-    Requests without tensors, which lie in shared memory, are the same over and over: those are remembered.
+    Raises:
+        RequestError: The bytes are no such message.
+    """
+    return _recalled(data, raw=7, asked=6)
+
+
+def read_response(data: Message) -> WireInfer:
+    """Read a ``ModelInferResponse``; what is returned is not to be changed.
 
     Raises:
         RequestError: The bytes are no such message.
     """
-    if len(data) > _MOST_REMEMBERED_BYTES:
-        return _read(data, memoryview(data), 0, len(data), raw=7, asked=6)
-    found = _remembered.get(data)
-    if found is None:
-        found = _read(data, memoryview(data), 0, len(data), raw=7, asked=6)
-        if found.tensors and not found.raw and all(tensor.contents is None for tensor in found.tensors):
-            if len(_remembered) >= _MOST_REMEMBERED:
-                _remembered.clear()
-            _remembered[data] = found
+    return _recalled(data, raw=6, asked=0)
+
+
+def _recalled(data: Message, raw: int, asked: int) -> WireInfer:
+    """Read a message. Those of one model differ in their tensors' bytes only: what else there was is remembered."""
+    view = memoryview(data)
+    key = (raw, len(data))
+    remembered = _remembered.get(key, ())
+    for known in remembered:
+        for place, other in known.others:
+            if view[place] != other:
+                break
+        else:
+            read = known.read
+            return WireInfer(
+                read.model_name,
+                read.model_version,
+                read.id,
+                read.parameters,
+                read.tensors,
+                read.asked,
+                [view[place] for place in known.raw],
+            )
+    found, places = _read(data, view, 0, len(data), raw=raw, asked=asked)
+    if len(data) - sum(map(len, found.raw)) <= _MOST_REMEMBERED_BYTES and all(
+        tensor.contents is None for tensor in found.tensors
+    ):
+        ends = [0, *(place.stop for place in places)]
+        starts = [*(place.start for place in places), len(data)]
+        others = tuple((slice(*each), bytes(view[slice(*each)])) for each in zip(ends, starts, strict=True))
+        if len(_remembered) >= _MOST_REMEMBERED:
+            _remembered.clear()
+        made = _Remembered(replace(found, raw=[]), tuple(places), others)
+        _remembered[key] = (made, *remembered[: _OF_ONE_LENGTH - 1])
     return found
-
-
-def read_response(data: bytes) -> WireInfer:
-    """Read a ``ModelInferResponse``.
-
-    Raises:
-        RequestError: The bytes are no such message.
-    """
-    return _read(data, memoryview(data), 0, len(data), raw=6, asked=None)
 
 
 def write_request(
@@ -268,7 +305,7 @@ _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
 _DEEPEST_VARINT = 10
 
 
-def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+def _read_varint(data: Message, at: int, end: int) -> tuple[int, int]:
     value = shift = 0
     for index in range(at, min(end, at + _DEEPEST_VARINT)):
         byte = data[index]
@@ -279,7 +316,7 @@ def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     raise RequestError("The message is not protobuf: a number in it does not end.")
 
 
-def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def _fields(data: Message, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield number, wire type, and either the place (start, end) of a field's bytes or (value, 0)."""
     while at < end:
         tag = data[at]
@@ -307,19 +344,21 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int
             raise RequestError(f"The message is not protobuf of this protocol: it has a field of wire type {kind}.")
 
 
-def _string(data: bytes, start: int, stop: int) -> str:
+def _string(data: Message, start: int, stop: int) -> str:
     try:
         return data[start:stop].decode()
     except UnicodeDecodeError:
         raise RequestError("The message is not protobuf: a text in it is not UTF-8.") from None
 
 
-def _read(data: bytes, view: memoryview, at: int, end: int, *, raw: int, asked: int | None) -> WireInfer:
-    found = WireInfer()
+def _read(data: Message, view: memoryview, at: int, end: int, *, raw: int, asked: int) -> tuple[WireInfer, list[slice]]:
+    """Return what a message says, and where its raw contents are."""
+    found, places = WireInfer(), list[slice]()
     for number, kind, start, stop in _fields(data, at, end):
         if kind != _DELIMITED:
             continue
         if number == raw:
+            places.append(slice(start, stop))
             found.raw.append(view[start:stop])
         elif number == 5:
             found.tensors.append(_read_tensor(data, view, start, stop))
@@ -333,10 +372,10 @@ def _read(data: bytes, view: memoryview, at: int, end: int, *, raw: int, asked: 
             found.id = _string(data, start, stop)
         elif number == 4:
             _read_parameter(data, start, stop, found.parameters)
-    return found
+    return found, places
 
 
-def _read_tensor(data: bytes, view: memoryview, at: int, end: int) -> WireTensor:
+def _read_tensor(data: Message, view: memoryview, at: int, end: int) -> WireTensor:
     name = datatype = ""
     shape: list[int] = []
     parameters: dict[str, Parameter] = {}
@@ -363,7 +402,7 @@ def _read_tensor(data: bytes, view: memoryview, at: int, end: int) -> WireTensor
     return WireTensor(name, datatype, tuple(shape), parameters, contents)
 
 
-def _read_asked(data: bytes, at: int, end: int) -> tuple[str, Parameters]:
+def _read_asked(data: Message, at: int, end: int) -> tuple[str, Parameters]:
     name, parameters = "", dict[str, Parameter]()
     for number, kind, start, stop in _fields(data, at, end):
         if kind == _DELIMITED and number == 1:
@@ -373,7 +412,7 @@ def _read_asked(data: bytes, at: int, end: int) -> tuple[str, Parameters]:
     return name, parameters
 
 
-def _read_parameter(data: bytes, at: int, end: int, into: dict[str, Any]) -> None:
+def _read_parameter(data: Message, at: int, end: int, into: dict[str, Any]) -> None:
     key = ""
     value: Parameter | None = None
     for number, kind, start, stop in _fields(data, at, end):

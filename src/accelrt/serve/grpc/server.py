@@ -13,14 +13,17 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from accelrt.errors import AccelrtError, ModelUnavailable, NotAllowed, OptionError, RequestError, ServingError
-from accelrt.protocol.faults import KIND, RETRY_AFTER, code_of
+from accelrt.errors import NotAllowed, OptionError, RequestError, ServingError
+from accelrt.protocol.faults import KIND, RETRY_AFTER
 from accelrt.protocol.leases import TOKEN, is_token
+from accelrt.protocol.local_socket import advertised
 from accelrt.protocol.messages import METHODS
-from accelrt.protocol.wire import read_request, write_stream_response
+from accelrt.protocol.wire import Message, read_request, write_stream_response
 from accelrt.serve.extensions import extensions
 from accelrt.serve.grpc.access import Keys
 from accelrt.serve.grpc.control import ABSENT, Control, local_regions
+from accelrt.serve.grpc.local_socket import Listener, bound
+from accelrt.serve.grpc.outcomes import failure_of
 from accelrt.serve.grpc.settings import GrpcSettings
 from accelrt.serve.grpc.tensors import request_of, response_of, uses_shared_memory
 from accelrt.serve.interface import Lending, ServedModel, Service
@@ -33,20 +36,19 @@ _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"
 STREAM_BYTES = 8 << 20
 """Bytes of requests of one stream that are under way at a time, or one request that is larger."""
-_LONGEST_DETAILS = 2000
-"""Characters of an error's message: it travels in a header, and clients limit those to 8 KiB."""
 
 
 class Handle:
     """A server that runs; ``port`` is where it listens."""
 
-    def __init__(self, server: grpc.aio.Server, port: int, stopping: asyncio.Event) -> None:
-        self._server, self.port, self._stopping = server, port, stopping
+    def __init__(self, server: grpc.aio.Server, port: int, stopping: asyncio.Event, local: Listener | None) -> None:
+        self._server, self.port, self._stopping, self._local = server, port, stopping, local
 
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, wait up to ``grace_s`` seconds for those under way, and cut off the rest."""
         self._stopping.set()
-        await self._server.stop(grace_s)
+        local = [] if self._local is None else [self._local.stop(grace_s)]
+        await asyncio.gather(self._server.stop(grace_s), *local)
 
 
 async def serve(
@@ -62,10 +64,11 @@ async def serve(
     credentials = _credentials(settings)
     server = grpc.aio.server(options=_options(settings), maximum_concurrent_rpcs=settings.max_calls)
     stopping = asyncio.Event()
+    local = bound(settings)
     if telemetry is None:
-        front = FrontEnd(service, regions, settings, stopping, lender)
+        front = FrontEnd(service, regions, settings, stopping, lender, local)
     else:
-        front = TracedFrontEnd(service, regions, settings, stopping, telemetry, lender)
+        front = TracedFrontEnd(service, regions, settings, stopping, telemetry, lender, local)
     server.add_generic_rpc_handlers((front,))
     address = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
     try:
@@ -79,7 +82,9 @@ async def serve(
             f"gRPC cannot listen on {address}: {error}.", hint="Is another server running there?"
         ) from error
     await server.start()
-    return Handle(server, port, stopping)
+    if local is not None:
+        await local.start(front)
+    return Handle(server, port, stopping, local)
 
 
 class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -92,13 +97,15 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
         settings: GrpcSettings,
         stopping: asyncio.Event,
         lender: Lending | None = None,
+        local: Listener | None = None,
     ) -> None:
         self._service, self._regions, self._settings, self._stopping = service, regions, settings, stopping
         self._lender = lender
         # Regions are the whole server's, and clients who share a machine may not read each other's.
         offered = extensions(shared_memory=regions.enabled)
-        self._extensions = (*offered, *(lender.extensions if lender is not None else ()))
-        self._keys = Keys(settings.api_keys)
+        socket = () if local is None else (advertised(local.name),)
+        self._extensions = (*offered, *(lender.extensions if lender is not None else ()), *socket)
+        self.keys = Keys(settings.api_keys)
         self._refused = grpc.stream_stream_rpc_method_handler(_refuse_key)
         self._handlers = {
             "ModelInfer": grpc.unary_unary_rpc_method_handler(self.infer),
@@ -111,14 +118,14 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def service(self, details: Any) -> Any:
         """Return the handler of a call; None makes it UNIMPLEMENTED."""
-        if not self._keys.admit(details.method, details.invocation_metadata):
+        if not self.keys.admit(details.method, details.invocation_metadata):
             return self._refused
         return self._handlers.get(details.method)
 
     async def infer(self, data: bytes, context: Any) -> bytes:
         """Answer one ``ModelInfer``."""
         try:
-            return b"".join(await self._answer(data, context, streamed=False))
+            return b"".join(await self.answer(data, context, streamed=False))
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a status and the server goes on
             return bytes(await _abort(context, error))
 
@@ -175,7 +182,7 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
                 f"The metadata {TOKEN} is no token: those are 32 to 128 letters, digits, '-' and '_'.",
                 hint='Make one with: python -c "import secrets; print(secrets.token_urlsafe(32))"',
             )
-        return self._lender.of(self._keys.who(metadata), token)
+        return self._lender.of(self.keys.who(metadata), token)
 
     def _control(self, service: Service) -> Mapping[str, Callable[[Any, str], Awaitable[Any]]]:
         return Control(service, self._regions, self._extensions).methods()
@@ -199,7 +206,12 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
         """Answer ``grpc.health.v1.Health/Check``; whatever service is named, the answer is the server's."""
         return _SERVING if self._service.ready() and not self._stopping.is_set() else _NOT_SERVING
 
-    async def _answer(self, data: bytes, context: Any, *, streamed: bool) -> list[bytes | memoryview]:
+    async def answer(self, data: Message, context: Any, *, streamed: bool) -> list[bytes | memoryview]:
+        """Return the parts of the answer to a ``ModelInferRequest``.
+
+        Raises:
+            AccelrtError: Whatever the client is to be told.
+        """
         arrived = monotonic_ns()
         wire = read_request(data)
         if uses_shared_memory(wire):
@@ -220,10 +232,9 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _answer_in_stream(self, data: bytes, context: Any) -> bytes:
         try:
-            return write_stream_response(await self._answer(data, context, streamed=True))
+            return write_stream_response(await self.answer(data, context, streamed=True))
         except Exception as error:  # noqa: BLE001 - an error answers its own request; the stream goes on
-            _, details = _status(error)
-            return write_stream_response(_error_head(data), details)
+            return write_stream_response(_error_head(data), failure_of(error).details)
 
 
 class TracedFrontEnd(FrontEnd):
@@ -237,16 +248,17 @@ class TracedFrontEnd(FrontEnd):
         stopping: asyncio.Event,
         telemetry: Telemetry,
         lender: Lending | None = None,
+        local: Listener | None = None,
     ) -> None:
-        super().__init__(traced(service, telemetry), regions, settings, stopping, lender)
+        super().__init__(traced(service, telemetry), regions, settings, stopping, lender, local)
         self._telemetry = telemetry
 
-    async def _answer(self, data: bytes, context: Any, *, streamed: bool) -> list[bytes | memoryview]:
+    async def answer(self, data: Message, context: Any, *, streamed: bool) -> list[bytes | memoryview]:
         carrier = {key: str(value) for key, value in context.invocation_metadata() or () if key in CARRIED}
         span = self._telemetry.request("grpc", carrier, monotonic_ns())
         try:
             with span.current():
-                answer = await super()._answer(data, context, streamed=streamed)
+                answer = await super().answer(data, context, streamed=streamed)
         except BaseException as error:
             span.end_grpc(error)
             raise
@@ -282,39 +294,14 @@ async def _refuse_key(requests: AsyncIterator[bytes], context: Any) -> None:
     )
 
 
-def _status(error: Exception) -> tuple[Any, str]:
-    if isinstance(error, AccelrtError):
-        return grpc.StatusCode[code_of(error)], " ".join(str(error).split())[:_LONGEST_DETAILS]
-    _LOG.error("A call failed", exc_info=error)
-    return grpc.StatusCode.INTERNAL, f"The server failed with {type(error).__name__}; its log says more."
-
-
 async def _abort(context: Any, error: Exception) -> Any:
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    code, details = _status(error)
-    _forget_frames(error)
-    trailing = [(KIND, type(error).__name__)] if isinstance(error, AccelrtError) else []
-    if isinstance(error, ModelUnavailable) and error.retry_after_s is not None:
-        trailing.append((RETRY_AFTER, str(int(error.retry_after_s * 1000))))
-    # gRPC's context keeps what ended the call, which keeps this frame, and so the error: a circle that lasts until the
-    # next collection. The frames that the error came through hold the model, and unloading would wait for it.
-    error.__traceback__ = error.__context__ = error.__cause__ = None
-    await context.abort(code, details, tuple(trailing))
-
-
-def _forget_frames(error: BaseException) -> None:
-    """Let go of what an error's frames hold: gRPC keeps the error of an aborted call until the next full collection.
-
-    Among it is the model, which could not be unloaded as long as somebody seems to use it.
-    """
-    left, seen = [error], set()
-    while left:
-        one = left.pop()
-        if id(one) not in seen:
-            seen.add(id(one))
-            one.__traceback__ = None
-            left += [each for each in (one.__cause__, one.__context__) if each is not None]
+    failure = failure_of(error)
+    trailing = [(KIND, failure.kind)] if failure.kind is not None else []
+    if failure.retry_after_s is not None:
+        trailing.append((RETRY_AFTER, str(int(failure.retry_after_s * 1000))))
+    await context.abort(grpc.StatusCode[failure.code], failure.details, tuple(trailing))
 
 
 def _options(settings: GrpcSettings) -> list[tuple[str, int]]:

@@ -30,6 +30,8 @@ class GrpcSettings:
         api_keys: Where not empty, each call but those that ask for health must carry one of them, as the metadata
             ``authorization: Bearer <key>`` or ``x-api-key: <key>``.
         shared_memory: Whether clients of this machine may register system shared memory.
+        local_socket: Whether they may call over a Unix socket (`accelrt.protocol.local_socket`); not with TLS, whose
+            certificates it would go around.
     """
 
     host: str = "127.0.0.1"
@@ -46,6 +48,7 @@ class GrpcSettings:
     client_ca: Path | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     shared_memory: bool = True
+    local_socket: bool = True
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.private_key is None):
