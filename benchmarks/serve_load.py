@@ -1,5 +1,7 @@
 """The clients of `serve.py`, in a process of their own: what they are to send is JSON in, what they saw is JSON out.
 
+With ``floor`` it is a server that does nothing, to see what is left of a latency then.
+
 ``closed`` keeps so many requests under way, as wrk does. ``open`` sends each request at its own time, whether or not
 those before it were answered, and counts latency from the time when it was due: a server that stands still is not
 spared the requests that would have come meanwhile (coordinated omission).
@@ -7,6 +9,7 @@ spared the requests that would have come meanwhile (coordinated omission).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import select
@@ -177,13 +180,38 @@ def main() -> None:
         seconds, took = load.closed(task["count"])
         json.dump({"seconds": seconds, **percentiles(took)}, sys.stdout)
         return
-    windows = []
-    for seed in range(task["windows"]):
-        took = load.open(arrivals(task["rate"], task["seconds"], task["kind"], seed))
-        windows.append(percentiles(took))
-        time.sleep(0.2)
-    json.dump({"doubled": load.doubled, "windows": windows}, sys.stdout)
+    took = load.open(arrivals(task["rate"], task["seconds"], task["kind"], task["seed"]))
+    json.dump({"doubled": load.doubled, **percentiles(took)}, sys.stdout)
+
+
+def floor(port: int, reply: bytes) -> None:
+    """Answer every request with the same bytes, as soon as it is there."""
+    import uvloop
+
+    class Answer(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self._transport, self._rest = transport, b""
+
+        def data_received(self, data: bytes) -> None:
+            rest = self._rest + data
+            while True:
+                head, found, _ = rest.partition(b"\r\n\r\n")
+                length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]) if found else 0
+                if not found or len(rest) < len(head) + 4 + length:
+                    break
+                rest = rest[len(head) + 4 + length :]
+                self._transport.write(reply)
+            self._rest = rest
+
+    async def serve() -> None:
+        server = await asyncio.get_running_loop().create_server(Answer, "127.0.0.1", port)
+        await server.serve_forever()
+
+    uvloop.run(serve())
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["floor"]:
+        floor(int(sys.argv[2]), Path(sys.argv[3]).read_bytes())
+    else:
+        main()
