@@ -222,7 +222,7 @@ class Executable(ABC):
                 others as `run` returns them. Only tensors of numpy's own dtypes are asked for.
 
         Raises:
-            What `run` raises.
+            AccelrtError: What `run` raises.
         """
         raise NotImplementedError
 

@@ -120,6 +120,10 @@ def serve(
         bool,
         typer.Option("--shared-memory/--no-shared-memory", help="Let clients of this machine register shared memory."),
     ] = True,
+    local_socket: Annotated[
+        bool,
+        typer.Option("--local-socket/--no-local-socket", help="Let clients of this machine call over a Unix socket."),
+    ] = True,
     exit_on_error: Annotated[
         bool, typer.Option("--exit-on-error", help="End if a model cannot be loaded at the start.")
     ] = False,
@@ -278,6 +282,7 @@ def serve(
         tls=TlsFiles(tls_certificate, tls_key, tls_client_ca) if tls_certificate and tls_key else None,
         limits=Limits(body_bytes=max_body * 2**20, connections=max_connections, request_s=request_timeout),
         shared_memory=shared_memory,
+        local_socket=local_socket,
         otlp_endpoint=otlp_endpoint,
         exit_on_error=exit_on_error,
         drain_s=drain,

@@ -82,13 +82,16 @@ def sweep(
     that is proven statistically is in its verdict.
 
     Args:
-        session, samples, effort, driver: As for `measure`.
+        session: As for `measure`.
+        samples: As for `measure`.
+        effort: As for `measure`.
+        driver: As for `measure`.
         latency_bound_s: In seconds.
         percentile: One of `accelrt.scenarios.scenario.PERCENTILES`.
         progress: Called after each step.
 
     Raises:
-        Whatever `measure` raises.
+        AccelrtError: Whatever `measure` raises.
     """
     effort = effort or Effort()
     if not samples:

@@ -80,6 +80,7 @@ async def _start_grpc(
         port=settings.grpc_port,
         max_message_bytes=min(longest, _LARGEST_MESSAGE),
         shared_memory=settings.shared_memory and lending is None,
+        local_socket=settings.local_socket,
         certificate=None if tls is None else tls.certificate,
         private_key=None if tls is None else tls.key,
         client_ca=None if tls is None else tls.client_ca,

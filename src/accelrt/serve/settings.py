@@ -111,6 +111,8 @@ class ServerSettings:
         limits: What is taken of a client.
         otlp_endpoint: URL of the collector that traces are sent to; None for no traces.
         shared_memory: Whether clients of this machine may register system shared memory.
+        local_socket: Whether they may call over a Unix socket in place of gRPC (`accelrt.protocol.local_socket`); there
+            is none with TLS.
         exit_on_error: End if a model cannot be loaded at the start; else the server goes on and is not ready.
         drain_s: How long requests under way may take after the server was asked to stop.
         log_requests: Log a line for each request.
@@ -143,6 +145,7 @@ class ServerSettings:
     tls: TlsFiles | None = None
     limits: Limits = field(default_factory=Limits)
     shared_memory: bool = True
+    local_socket: bool = True
     otlp_endpoint: str | None = None
     exit_on_error: bool = False
     drain_s: float = 30.0
