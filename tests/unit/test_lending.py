@@ -25,8 +25,9 @@ from accelrt.errors import (
 )
 from accelrt.protocol.leases import PRECISION, SLICE, content_name, is_token
 from accelrt.serve.interface import InferRequest
-from accelrt.serve.lending.lender import FILE, Lender, Slice
+from accelrt.serve.lending.lender import Lender
 from accelrt.serve.lending.sizes import MIB, SIZES, LendingSettings, Size, size_of
+from accelrt.serve.lending.slice import FILE, Slice
 from accelrt.serve.lending.turns import Party, Turns
 from accelrt.testing.models import mlp, small_cnn
 

@@ -33,9 +33,9 @@ from accelrt.errors import (
 )
 from accelrt.serve.interface import InferRequest, Service
 from accelrt.serve.models import ModelService, ModelSettings, ServiceSettings
+from accelrt.serve.models.lifecycle import NOT_RESIDENT
 from accelrt.serve.models.residency import Residency, Resident, choose_victim
 from accelrt.serve.models.served import DirectGate, LiveModel, Loads
-from accelrt.serve.models.service import NOT_RESIDENT
 from accelrt.serve.models.uploads import Uploads
 
 
@@ -323,7 +323,7 @@ def test_models_to_load_must_be_there(tmp_path: Path) -> None:
 
 def test_loading_is_single_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "a.onnx", line(2))
-    from accelrt.serve.models import service as module
+    from accelrt.serve.models import lifecycle as module
 
     opened: list[str] = []
     real = module.open_version
@@ -343,7 +343,7 @@ def test_loading_is_single_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         opened.clear()
         async with service(tmp_path, max_resident_models=1) as served:
             slot = served._entries["a"].slots["1"]
-            served._evict(slot, slot.token)
+            served._lifecycle._evict(slot, slot.token)
             answers = await asyncio.gather(*(ask(served, "a", request(number, 0)) for number in range(50)))
             assert [answer.outputs["y"][0, 0] for answer in answers] == [2 * number for number in range(50)]
             assert len(opened) == 2
@@ -648,7 +648,7 @@ def test_no_request_is_lost_or_swapped_while_models_come_and_go(
                 elif action == "evict":
                     slot = served._entries[name].slots.get("1")
                     if slot is not None and slot.token is not None:
-                        served._evict(slot, slot.token)
+                        served._lifecycle._evict(slot, slot.token)
                 await asyncio.sleep(pause)
             for name in sorted(unloaded):
                 await served.load(name, {})

@@ -16,7 +16,6 @@ import secrets
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,30 +23,22 @@ from weakref import WeakValueDictionary
 
 from accelrt.errors import (
     AccelrtError,
-    CoresUnavailable,
     ModelNotFound,
     ModelUnavailable,
-    NotAllowed,
-    OptionError,
     OutOfDeviceMemory,
     Overloaded,
     RequestError,
 )
-from accelrt.protocol.leases import EXTENSION, PRECISION, SLICE, Holder, SliceState, content_name, is_content_name
-from accelrt.registry import REGISTRY, devices_of, find_engine
+from accelrt.protocol.leases import EXTENSION, PRECISION, Holder, SliceState, content_name
 from accelrt.serve.interface import IndexEntry, ModelSnapshot, ModelStatistics, ServedModel
-from accelrt.serve.lending.metered import Metered, SliceModel
-from accelrt.serve.lending.sizes import LEAST_PROGRAM_BYTES, LendingSettings
+from accelrt.serve.lending.leases import Holding, Lease, Program
+from accelrt.serve.lending.sizes import LEAST_PROGRAM_BYTES, LendingSettings, slices_of
+from accelrt.serve.lending.slice import FILE, Slice, unknown_client
 from accelrt.serve.lending.turns import Party, Turns
-from accelrt.serve.models import config as configs
 from accelrt.serve.models.service import ModelService
 from accelrt.serve.models.settings import ModelSettings, ServiceSettings
-from accelrt.target import parse
 
 logger = logging.getLogger("accelrt.serve")
-
-FILE = "file:1/model.onnx"
-"""The one file that a program consists of."""
 
 UNUSED_S = 10.0
 """How long a lease lasts at most under which nothing is loaded."""
@@ -57,56 +48,6 @@ MOST_MEMBERS = 64
 
 MOST_LOADS = 16
 """Programs of one client that may wait to be loaded; they are loaded one after another."""
-
-
-@dataclass(slots=True)
-class Holding:
-    """A program under a lease: what it counts for, and which members want it kept."""
-
-    held_bytes: int
-    by: set[str]
-
-
-@dataclass(eq=False, slots=True)
-class Lease:
-    """What one client has.
-
-    Attributes:
-        key: Names the client: the digest of its API key, or of its token.
-        id: A name for it that opens nothing, for reports.
-        party: Its place in the queue.
-        members: Digests of the tokens of its processes.
-        held: By program name.
-        reserved: Bytes of programs that are being loaded.
-        loads: Programs that are being loaded, or wait for it.
-        busy: Calls under way.
-        used: When it was last used, of `time.monotonic`.
-        one_by_one: Its programs are loaded one after another.
-    """
-
-    key: str
-    id: str
-    party: Party
-    members: set[str] = field(default_factory=set)
-    held: dict[str, Holding] = field(default_factory=dict)
-    reserved: int = 0
-    loads: int = 0
-    busy: int = 0
-    used: float = field(default_factory=time.monotonic)
-    one_by_one: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def held_bytes(self) -> int:
-        """What counts against the quota."""
-        return self.reserved + sum(one.held_bytes for one in self.held.values())
-
-
-@dataclass(slots=True)
-class Program:
-    """A program in memory: what it counts for, and under which leases."""
-
-    held_bytes: int
-    leases: set[Lease] = field(default_factory=set)
 
 
 class Lender:
@@ -131,7 +72,7 @@ class Lender:
         self._secret = secrets.token_bytes(16)
         self._reaper: asyncio.Task[None] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="accelrt-lender-")
-        self.slices = settings.slices or _slices(settings)
+        self.slices = settings.slices or slices_of(settings)
         self.service = ModelService(
             ServiceSettings(
                 (Path(self._folder.name),),
@@ -210,7 +151,7 @@ class Lender:
 
     async def model(self, name: str, version: str = "") -> ServedModel:
         """Refuse: models belong to clients."""
-        raise _who()
+        raise unknown_client()
 
     def index(self, *, ready: bool = False) -> Sequence[IndexEntry]:
         """Return the programs of all clients."""
@@ -218,11 +159,11 @@ class Lender:
 
     async def load(self, name: str, parameters: Mapping[str, str | bytes | int | bool]) -> None:
         """Refuse: models belong to clients."""
-        raise _who()
+        raise unknown_client()
 
     async def unload(self, name: str, *, dependents: bool = False) -> None:
         """Refuse: models belong to clients."""
-        raise _who()
+        raise unknown_client()
 
     def statistics(self, name: str = "", version: str = "") -> Sequence[ModelStatistics]:
         """Return the statistics of all programs, or of one."""
@@ -280,7 +221,7 @@ class Lender:
         logger.info("a lease ended", extra={"lease": lease.id, "reason": why, "programs": len(lease.held)})
         try:
             for name in list(lease.held):
-                await self._drop(lease, name)
+                await self.drop(lease, name)
         finally:
             self._ending.discard(lease)
 
@@ -291,7 +232,7 @@ class Lender:
             await self.end(lease, "given back")
             return
         for name in [name for name, one in lease.held.items() if one.by <= {member}]:
-            await self._drop(lease, name)
+            await self.drop(lease, name)
         for one in lease.held.values():
             one.by.discard(member)
 
@@ -381,7 +322,7 @@ class Lender:
                 hint="Unload programs, or borrow a larger slice.",
             )
 
-    async def _drop(self, lease: Lease, name: str) -> None:
+    async def drop(self, lease: Lease, name: str) -> None:
         """Take a program from a lease, and out of memory if nobody else holds it."""
         async with self._lock_of(name):
             if lease.held.pop(name, None) is None:
@@ -429,193 +370,3 @@ class Lender:
         )
         error.retry_after_s = max(0.1, min(left, default=1.0))
         return error
-
-
-class Slice:
-    """What one client sees of a server that lends slices: its own programs, and `SLICE`. A `Service`.
-
-    Args:
-        lender: Whose.
-        key: Names the client; None if it did not say who it is.
-        member: Names the process of the client's, empty if it did not.
-    """
-
-    __slots__ = ("_key", "_lender", "_member")
-
-    def __init__(self, lender: Lender, key: str | None, member: str) -> None:
-        self._lender, self._key, self._member = lender, key, member
-
-    @property
-    def _lease(self) -> Lease | None:
-        """The client's lease; whoever asks for it uses it."""
-        if self._key is None:
-            return None
-        lease = self._lender.leases.get(self._key)
-        if lease is not None:
-            lease.used = time.monotonic()
-        return lease
-
-    def live(self) -> bool:
-        """Tell whether the server answers at all."""
-        return self._lender.live()
-
-    def ready(self) -> bool:
-        """Tell whether clients are taken."""
-        return self._lender.ready()
-
-    def find(self, name: str, version: str = "") -> ServedModel | None:
-        """Return a program of the client's that is ready."""
-        lease = self._lease
-        if lease is None:
-            return None
-        if name == SLICE:
-            return SliceModel(self._lender.state(lease))
-        if name not in lease.held:
-            return None
-        live = self._lender.service.find(name, version)
-        return None if live is None else Metered(live, lease, self._lender.turns)
-
-    async def model(self, name: str, version: str = "") -> ServedModel:
-        """Return a program of the client's, or what `SLICE` tells.
-
-        Raises:
-            ModelNotFound: The client holds no such program.
-            ModelUnavailable: It cannot answer now.
-        """
-        lease = self._lease
-        if name == SLICE:
-            return SliceModel(self._lender.state(lease))
-        if lease is None or name not in lease.held:
-            raise ModelNotFound(f"You hold no program {name[:60]!r} here.", hint="Load it; its lease may have ended.")
-        return Metered(await self._lender.service.model(name, version), lease, self._lender.turns)
-
-    def index(self, *, ready: bool = False) -> Sequence[IndexEntry]:
-        """Return the client's programs."""
-        lease = self._lease
-        held = {} if lease is None else lease.held
-        return [row for row in self._lender.service.index(ready=ready) if row.name in held]
-
-    async def load(self, name: str, parameters: Mapping[str, str | bytes | int | bool]) -> None:
-        """Load a program, beginning a lease if there is none; loading `SLICE` does only that.
-
-        Raises:
-            NotAllowed: The client did not say who it is.
-            Overloaded: All slices are lent, or many programs of this client wait to be loaded.
-            OutOfDeviceMemory: It does not fit the slice.
-            RequestError: It is no program, or is not named by its content.
-        """
-        if self._key is None:
-            raise _who()
-        if name == SLICE:
-            self._lender.lease(self._key, self._member)
-            return
-        if not is_content_name(name):
-            raise RequestError(
-                f"Programs are named by their content, and {name[:60]!r} is no such name.",
-                hint="It is accelrt- and the first 32 digits of the SHA-256 of the ONNX file.",
-            )
-        model, precision = _program(name, parameters)
-        lease = self._lender.lease(self._key, self._member)
-        await self._lender.load_for(lease, self._member, name, model, precision)
-
-    async def unload(self, name: str, *, dependents: bool = False) -> None:
-        """Let a program go; `SLICE` stands for the whole lease.
-
-        Raises:
-            ModelNotFound: The client does not hold it.
-        """
-        lease = self._lease
-        if lease is None or (name != SLICE and name not in lease.held):
-            raise ModelNotFound(f"You hold no {name[:60]!r} here.")
-        if name == SLICE:
-            await self._lender.give_back(lease, self._member)
-            return
-        by = lease.held[name].by
-        if self._member:
-            by.discard(self._member)
-        if not by or not self._member:
-            await self._lender._drop(lease, name)
-
-    def statistics(self, name: str = "", version: str = "") -> Sequence[ModelStatistics]:
-        """Return the statistics of the client's programs; others may call the same ones.
-
-        Raises:
-            ModelNotFound: The client does not hold it.
-        """
-        lease = self._lease
-        held = {} if lease is None else lease.held
-        if name and name not in held:
-            raise ModelNotFound(f"You hold no program {name[:60]!r} here.")
-        return [one for one in self._lender.service.statistics(name, version) if one.name in held]
-
-    def snapshot(self) -> Sequence[ModelSnapshot]:
-        """Return the state of the client's programs."""
-        lease = self._lease
-        held = {} if lease is None else lease.held
-        return [one for one in self._lender.service.snapshot() if one.name in held]
-
-
-def _program(name: str, parameters: Mapping[str, str | bytes | int | bool]) -> tuple[bytes | None, str | None]:
-    """Return the ONNX file of a load request, and the precision that it asks for.
-
-    Raises:
-        RequestError: It brings something else.
-    """
-    model, precision = None, None
-    for key, value in parameters.items():
-        if key == FILE and isinstance(value, bytes):
-            model = value
-        elif key == "config" and isinstance(value, str | bytes):
-            given = configs.from_json(value)
-            precision = given.parameters.get(PRECISION)
-            plain = configs.ModelConfig(
-                given.name,
-                given.platform,
-                given.backend,
-                0 if given.max_batch_size is not None else None,
-                parameters={} if precision is None else {PRECISION: precision},
-            )
-            if given != plain or given.name not in ("", name):
-                raise RequestError(
-                    "A slice runs programs as they are: a configuration has no more than the name, the backend, a "
-                    f"max_batch_size of 0 and the parameter {PRECISION}."
-                )
-        else:
-            raise RequestError(f"A slice takes config, as text, and {FILE}, as bytes; not {key[:80]!r}.")
-    return model, precision
-
-
-def _who() -> NotAllowed:
-    return NotAllowed(
-        "This server lends slices of an accelerator, and has to know to whom.",
-        hint="Send the metadata accelrt-lease: 32 or more random characters, the same ones with each call.",
-    )
-
-
-def _slices(settings: LendingSettings) -> int:
-    """Return for how many slices the accelerator has memory.
-
-    Raises:
-        OptionError: For none, or it does not tell how much it has.
-        AccelrtError: There is no such accelerator.
-    """
-    target = parse(settings.accelerator)
-    backend = REGISTRY.backend(target.backend)
-    engine = None if target.engine is None else find_engine(backend, target.engine)
-    devices = devices_of(backend, target.devices, engine)
-    if not devices:
-        raise CoresUnavailable(
-            f"There is no accelerator {settings.accelerator} here.", hint="accelrt doctor lists them."
-        )
-    sizes = [device.memory_bytes for device in devices]
-    if any(size is None for size in sizes):
-        raise OptionError(f"{settings.accelerator} does not tell its memory.", hint="Say how many --slices there are.")
-    # Each copy of a program lies on one device, whichever that is; so every slice must fit each.
-    count = min(size or 0 for size in sizes) // settings.size.memory_bytes
-    if count < 1:
-        raise OptionError(
-            f"{settings.accelerator} has {min(size or 0 for size in sizes)} bytes of memory, and a slice takes "
-            f"{settings.size.memory_bytes}.",
-            hint="Lend smaller slices.",
-        )
-    return count

@@ -14,7 +14,7 @@ from accelrt.serve.interface import InferRequest, InferResponse, ModelMetadata, 
 from accelrt.serve.lending.turns import Turns
 
 if TYPE_CHECKING:
-    from accelrt.serve.lending.lender import Lease
+    from accelrt.serve.lending.leases import Lease
 
 
 class Metered:

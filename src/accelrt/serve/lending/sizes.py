@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from accelrt.errors import OptionError
+from accelrt.errors import CoresUnavailable, OptionError
+from accelrt.registry import REGISTRY, devices_of, find_engine
+from accelrt.target import parse
 
 MIB = 1 << 20
 CUSTOM = "custom"
@@ -94,3 +96,32 @@ def size_of(name: str | None, memory_mib: int | None, concurrency: int | None) -
         return base
     memory = memory_mib * MIB if memory_mib is not None else base.memory_bytes if base is not None else 0
     return Size(CUSTOM, memory, concurrency or (base.concurrency if base is not None else 1))
+
+
+def slices_of(settings: LendingSettings) -> int:
+    """Return for how many slices the accelerator has memory.
+
+    Raises:
+        OptionError: For none, or it does not tell how much it has.
+        AccelrtError: There is no such accelerator.
+    """
+    target = parse(settings.accelerator)
+    backend = REGISTRY.backend(target.backend)
+    engine = None if target.engine is None else find_engine(backend, target.engine)
+    devices = devices_of(backend, target.devices, engine)
+    if not devices:
+        raise CoresUnavailable(
+            f"There is no accelerator {settings.accelerator} here.", hint="accelrt doctor lists them."
+        )
+    sizes = [device.memory_bytes for device in devices]
+    if any(size is None for size in sizes):
+        raise OptionError(f"{settings.accelerator} does not tell its memory.", hint="Say how many --slices there are.")
+    # Each copy of a program lies on one device, whichever that is; so every slice must fit each.
+    count = min(size or 0 for size in sizes) // settings.size.memory_bytes
+    if count < 1:
+        raise OptionError(
+            f"{settings.accelerator} has {min(size or 0 for size in sizes)} bytes of memory, and a slice takes "
+            f"{settings.size.memory_bytes}.",
+            hint="Lend smaller slices.",
+        )
+    return count

@@ -7,10 +7,12 @@ from typing import Any
 
 from accelrt.graph.types import Port, TensorType
 from accelrt.protocol.datatypes import DATATYPES
-from accelrt.serve.interface import ModelMetadata, TensorMetadata
+from accelrt.serve.interface import ModelMetadata, ModelSnapshot, TensorMetadata
 from accelrt.serve.models.config import DynamicBatching, ModelConfig, QueuePolicy
 from accelrt.serve.models.loading import Facts, most_rows
+from accelrt.serve.models.records import Slot
 from accelrt.serve.models.scheduler import SchedulerPolicy
+from accelrt.serve.models.served import LiveModel
 from accelrt.serve.models.settings import DEFAULT_MAX_QUEUE, ModelSettings
 
 
@@ -131,3 +133,29 @@ def _versions(config: ModelConfig) -> dict[str, Any]:
     if policy.kind == "specific":
         return {"specific": {"versions": list(policy.versions)}}
     return {"latest": {"num_versions": policy.count}}
+
+
+def snapshot_of(slot: Slot, live: LiveModel | None) -> ModelSnapshot:
+    """Return the state of a version, of which ``live`` answers now."""
+    latency = slot.statistics.summary()
+    facts = None if live is None else live.facts
+    return ModelSnapshot(
+        name=slot.name,
+        version=slot.version,
+        state=slot.state,
+        reason=slot.reason,
+        engines=() if facts is None else facts.engines,
+        devices=() if facts is None else facts.devices,
+        rate=slot.statistics.rate(),
+        p50_ms=latency.p50_ms,
+        p99_ms=latency.p99_ms,
+        waiting=slot.waiters + (0 if live is None else live.queue.waiting),
+        resident_bytes=0 if facts is None else facts.resident_bytes,
+        program_bytes=0 if facts is None else facts.program_bytes,
+        placement={} if facts is None else facts.placement,
+        batching="" if facts is None else facts.rows_reason,
+        pinned=slot.plan.settings.pinned,
+        pid=None if slot.predictor is None else slot.predictor.pid,
+        restarts=0 if slot.predictor is None else slot.predictor.restarts,
+        loads=slot.loads,
+    )

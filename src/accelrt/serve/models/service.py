@@ -12,12 +12,12 @@ import difflib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeAlias, TypeVar
+from typing import Self, TypeAlias
 
 from accelrt.errors import (
     AccelrtError,
@@ -29,29 +29,24 @@ from accelrt.errors import (
 )
 from accelrt.serve.interface import IndexEntry, ModelSnapshot, ModelState, ModelStatistics, ServedModel
 from accelrt.serve.models import config as configs
+from accelrt.serve.models.background import in_thread, spawn
+from accelrt.serve.models.describing import snapshot_of
+from accelrt.serve.models.lifecycle import NOT_RESIDENT, Lifecycle
 from accelrt.serve.models.loading import defaults_for
-from accelrt.serve.models.opening import Opened, open_version
 from accelrt.serve.models.records import Entry, Plan, Slot
 from accelrt.serve.models.repository import Repository, RepositoryModel, check_name, choose_versions, model_file
-from accelrt.serve.models.residency import Residency, Resident
-from accelrt.serve.models.served import LiveModel, Loads
 from accelrt.serve.models.settings import DEFAULT_MAX_QUEUE, ServiceSettings, merged
-from accelrt.serve.models.statistics import VersionStatistics
 from accelrt.serve.models.uploads import DISK_FULL, DISK_IS_FULL, UploadedFiles, Uploads
 from accelrt.serve.models.wishes import with_wishes
 
 logger = logging.getLogger("accelrt")
 
-T = TypeVar("T")
-
 _Before: TypeAlias = tuple[bool, bool, RepositoryModel | None, str, frozenset[str]]
 """Of an `Entry`: wanted, uploaded, found, problem, and which versions there were."""
 
-NOT_RESIDENT = "not in memory; the next request loads it"
-EVICTED_DRAIN_S = 0.5
-"""How long a model that makes room is kept for those who hold it; after that a request of theirs loads it again."""
 CLOSING_DRAIN_S = 0.2
-"""The same when the server closes: the front ends are closed before, and what they queued is answered."""
+"""How long a model is kept for those who hold it when the server closes. The front ends were closed before, and what
+they queued is answered."""
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 1.0, 60.0
 _RESCAN_S = 1.0
 
@@ -69,19 +64,15 @@ class ModelService:
         self.settings = settings
         self._repository = Repository(settings.repository)
         self._uploads = Uploads(settings.max_upload_bytes)
-        self.residency = Residency(settings.max_resident_models, settings.max_resident_bytes)
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
-        # What `find` reads without a lock.
-        self._latest: dict[str, LiveModel] = {}
-        self._exact: dict[tuple[str, str], LiveModel] = {}
+        self._lifecycle = Lifecycle(settings, self._entries, self._lock, self.model)
+        self.residency = self._lifecycle.residency
         self._pool = ThreadPoolExecutor(settings.load_threads, "accelrt-load")
-        self._draining: set[Future[None]] = set()
         self._started = self._closed = False
         self._stop = threading.Event()
         self._poller: threading.Thread | None = None
         self._scanned_at = 0.0
-        self._loads = Loads()
 
     # Life
 
@@ -91,7 +82,7 @@ class ModelService:
         Raises:
             ModelNotFound: There is no such repository, or a model to load at the start is not in it.
         """
-        await _in_thread(self._start)
+        await in_thread(self._start)
 
     async def drain(self, timeout_s: float) -> None:
         """Close, but wait ``timeout_s`` seconds at most."""
@@ -100,7 +91,7 @@ class ModelService:
 
     async def close(self) -> None:
         """Take no more requests, answer those that were taken, and unload everything. Closing twice is no error."""
-        await _in_thread(self._close)
+        await in_thread(self._close)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -145,7 +136,7 @@ class ModelService:
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
+            self._closed = self._lifecycle.closed = True
             entries = list(self._entries.values())
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
@@ -154,13 +145,10 @@ class ModelService:
         for entry in entries:
             with entry.serial, self._lock:
                 for slot in entry.slots.values():
-                    self._retire(slot, min(CLOSING_DRAIN_S, self.settings.drain_s))
+                    self._lifecycle.retire(slot, min(CLOSING_DRAIN_S, self.settings.drain_s))
                     if slot.loading is not None:
                         _finish(slot.loading)
-        with self._lock:
-            draining = list(self._draining)
-        for future in draining:
-            future.result()
+        self._lifecycle.wait()
         self._uploads.close()
 
     # What front ends ask
@@ -182,7 +170,7 @@ class ModelService:
 
     def find(self, name: str, version: str = "") -> ServedModel | None:
         """Return a version of a model that is ready, None where `model` would have to wait or to refuse."""
-        return self._exact.get((name, version)) if version else self._latest.get(name)
+        return self._lifecycle.find(name, version)
 
     async def model(self, name: str, version: str = "") -> ServedModel:
         """Return a version of a model, by default the highest that is ready; load it if it made room for others.
@@ -241,14 +229,14 @@ class ModelService:
         check_name(name)
         override, files = _parameters(parameters)
         if override is not None or files:
-            await _in_thread(partial(self._load, name, override, files))
+            await in_thread(partial(self._load, name, override, files))
             return
         with self._lock:
             entry = self._entries.setdefault(name, Entry(name))
             joint = entry.joint
             if joint is None:
                 joint = entry.joint = Future()
-                _spawn(partial(self._load_jointly, entry, joint))
+                spawn(partial(self._load_jointly, entry, joint))
         await asyncio.shield(asyncio.wrap_future(joint))
 
     async def unload(self, name: str, *, dependents: bool = False) -> None:
@@ -263,7 +251,7 @@ class ModelService:
             entry = self._entries.get(name)
             if entry is None:
                 raise self._not_found(name)
-        await _in_thread(partial(self._unload, entry))
+        await in_thread(partial(self._unload, entry))
 
     def statistics(self, name: str = "", version: str = "") -> Sequence[ModelStatistics]:
         """Return the statistics of one version, of all versions of a model, or of everything that was ever loaded.
@@ -289,33 +277,7 @@ class ModelService:
         """Return the state of every version, for status pages and metrics."""
         with self._lock:
             slots = [(slot, slot.live) for entry in self._entries.values() for slot in entry.slots.values()]
-        rows = []
-        for slot, live in slots:
-            latency = slot.statistics.summary()
-            facts = None if live is None else live.facts
-            rows.append(
-                ModelSnapshot(
-                    name=slot.name,
-                    version=slot.version,
-                    state=slot.state,
-                    reason=slot.reason,
-                    engines=() if facts is None else facts.engines,
-                    devices=() if facts is None else facts.devices,
-                    rate=slot.statistics.rate(),
-                    p50_ms=latency.p50_ms,
-                    p99_ms=latency.p99_ms,
-                    waiting=slot.waiters + (0 if live is None else live.queue.waiting),
-                    resident_bytes=0 if facts is None else facts.resident_bytes,
-                    program_bytes=0 if facts is None else facts.program_bytes,
-                    placement={} if facts is None else facts.placement,
-                    batching="" if facts is None else facts.rows_reason,
-                    pinned=slot.plan.settings.pinned,
-                    pid=None if slot.predictor is None else slot.predictor.pid,
-                    restarts=0 if slot.predictor is None else slot.predictor.restarts,
-                    loads=slot.loads,
-                )
-            )
-        return rows
+        return [snapshot_of(slot, live) for slot, live in slots]
 
     # Requests that wait for a load
 
@@ -364,7 +326,7 @@ class ModelService:
         try:
             with entry.serial:
                 if entry.slots.get(slot.version) is slot and slot.on_demand and slot.live is None and not self._closed:
-                    self._bring_up(slot, slot.plan, evict=True, wait_s=self.settings.load_wait_s)
+                    self._lifecycle.bring_up(slot, slot.plan, evict=True, wait_s=self.settings.load_wait_s)
         except AccelrtError as error:
             with self._lock:
                 pause = min(_FIRST_RETRY_S * 2**slot.failures, _LONGEST_RETRY_S)
@@ -517,7 +479,7 @@ class ModelService:
                 if slot.live is None:
                     slot.state, slot.reason = "LOADING", ""
             try:
-                self._bring_up(slot, plan, evict=evict, wait_s=wait_s, fresh=True)
+                self._lifecycle.bring_up(slot, plan, evict=evict, wait_s=wait_s, fresh=True)
             except ModelUnavailable as error:
                 self._not_now(slot, plan, error, evict, failures)
             except AccelrtError as error:
@@ -532,7 +494,7 @@ class ModelService:
                 # While a new version cannot be loaded, the one that it was to replace goes on answering.
                 slot = entry.slots[version]
                 if not failures or (slot.live is None and not slot.on_demand):
-                    self._retire(entry.slots.pop(version), self.settings.drain_s)
+                    self._lifecycle.retire(entry.slots.pop(version), self.settings.drain_s)
         return failures
 
     def _not_now(
@@ -557,74 +519,11 @@ class ModelService:
             else:
                 slot.state, slot.reason = "UNAVAILABLE", reason
 
-    def _bring_up(self, slot: Slot, plan: Plan, *, evict: bool, wait_s: float, fresh: bool = False) -> None:
-        """Load a version, warm it up, and have it answer in the place of what did so far."""
-        if self._closed:
-            raise ModelUnavailable("The server is shutting down.")
-        token = object()
-        expected = slot.known_bytes or sum(size for _, size, _, _ in plan.stamp) or _size_of(plan)
-        self.residency.reserve(token, Resident(slot.name, expected), wait_s=wait_s, evict=evict, replaces=slot.token)
-        statistics = VersionStatistics() if fresh else slot.statistics
-        try:
-            with self._loads:
-                opened = open_version(
-                    slot.name,
-                    slot.version,
-                    plan,
-                    statistics,
-                    trust=self.settings.trust,
-                    direct_us=self.settings.direct_us,
-                    loads=self._loads,
-                    proof=None if fresh else slot.proof,
-                    versions=self._versions(slot),
-                    again=self.model,
-                    changed=partial(self._worker_changed, slot, token),
-                )
-        except BaseException as error:
-            self.residency.release(token)
-            if isinstance(error, AccelrtError):
-                raise
-            raise RequestError(f"It could not be loaded: {type(error).__name__}: {error}") from error
-        self._take_over(slot, plan, token, opened, statistics)
-        self.residency.trim()
-
-    def _versions(self, slot: Slot) -> tuple[str, ...]:
-        """Return the versions that a model's metadata names."""
-        with self._lock:
-            entry = self._entries.get(slot.name)
-            found = entry.found if entry is not None else None
-        return tuple(sorted({slot.version, *(found.versions if found is not None else ())}, key=int))
-
-    def _take_over(self, slot: Slot, plan: Plan, token: object, opened: Opened, statistics: VersionStatistics) -> None:
-        queue, size = opened.live.queue, opened.live.facts.resident_bytes
-        with self._lock:
-            self._retire(slot, self.settings.drain_s)
-            statistics.last_used_ns = time.monotonic_ns()
-            slot.plan, slot.live, slot.token, slot.statistics = plan, opened.live, token, statistics
-            slot.predictor, slot.proof, slot.known_bytes = opened.isolated, opened.proof, size
-            slot.state, slot.reason = "READY", opened.note
-            slot.on_demand = slot.ever_loaded = True
-            slot.failures, slot.retry_at = 0, 0.0
-            slot.loads += 1
-            self._publish(slot.name)
-        # Only now: whoever makes room must find what it is to unload.
-        self.residency.settle(
-            token,
-            Resident(
-                slot.name,
-                size,
-                plan.settings.pinned,
-                lambda: not queue.busy,
-                lambda: statistics.last_used_ns,
-                partial(self._evict, slot, token),
-            ),
-        )
-
     def _unload(self, entry: Entry) -> None:
         with entry.serial:
             with self._lock:
                 entry.wanted = False
-                futures = [self._retire(slot, self.settings.drain_s) for slot in entry.slots.values()]
+                futures = [self._lifecycle.retire(slot, self.settings.drain_s) for slot in entry.slots.values()]
                 for slot in entry.slots.values():
                     slot.on_demand = False
                     if slot.state != "UNLOADING":
@@ -639,60 +538,6 @@ class ModelService:
                 if entry.uploaded:  # their files go with it; what lies in the repository is seen at the next look
                     entry.slots.clear()
                     entry.uploaded, entry.found, self._scanned_at = False, None, 0.0
-
-    def _evict(self, slot: Slot, token: object) -> None:
-        """Unload a version to make room; called by `Residency`, and does not wait."""
-        with self._lock:
-            if slot.token is token:
-                self._retire(slot, EVICTED_DRAIN_S)
-                slot.state, slot.reason = "UNAVAILABLE", NOT_RESIDENT
-
-    def _retire(self, slot: Slot, drain_s: float) -> Future[None] | None:
-        """Take what answers for a version out of service; return what is done when it is gone. Under the lock."""
-        live, token = slot.live, slot.token
-        if live is None:
-            return None
-        queue, predictor, released = live.queue, live.predictor, live.released
-        slot.live = slot.token = slot.predictor = None
-        slot.state = "UNLOADING"
-        self._publish(slot.name)
-        del live  # or it would never be released
-
-        def drain() -> None:
-            # Who found it holds it until it has answered. One who holds it longer than that finds another.
-            released.wait(drain_s)
-            queue.close()
-            predictor.close()
-            self.residency.release(token)
-
-        future = _spawn(drain)
-        self._draining.add(future)
-        future.add_done_callback(self._draining.discard)
-        return future
-
-    def _publish(self, name: str) -> None:
-        """Renew what `find` reads. Under the lock."""
-        entry = self._entries.get(name)
-        slots = [] if entry is None else [slot for slot in entry.slots.values() if slot.state == "READY"]
-        ready = {slot.version: slot.live for slot in slots if slot.live is not None}
-        for key in [key for key in self._exact if key[0] == name and key[1] not in ready]:
-            del self._exact[key]
-        for version, live in ready.items():
-            self._exact[name, version] = live
-        if ready:
-            self._latest[name] = ready[max(ready, key=int)]
-        else:
-            self._latest.pop(name, None)
-
-    def _worker_changed(self, slot: Slot, token: object, reason: str | None) -> None:
-        """A worker process died, with the reason, or is back."""
-        if reason is not None:
-            logger.warning("Model %s version %s: %s", slot.name, slot.version, reason)
-        with self._lock:
-            if slot.token is not token:
-                return
-            slot.state, slot.reason = ("READY", "") if reason is None else ("UNAVAILABLE", reason)
-            self._publish(slot.name)
 
     # The repository
 
@@ -794,12 +639,6 @@ class ModelService:
         )
 
 
-def _size_of(plan: Plan) -> int:
-    with contextlib.suppress(OSError):
-        return plan.path.stat().st_size
-    return 0
-
-
 def _shown(slot: Slot) -> ModelState:
     resting = slot.on_demand and slot.live is None and slot.reason == NOT_RESIDENT
     return "READY" if resting else slot.state
@@ -845,21 +684,3 @@ def _overloaded(message: str) -> Overloaded:
 def _finish(future: Future[None]) -> None:
     with contextlib.suppress(InvalidStateError):  # closing was faster
         future.set_result(None)
-
-
-def _spawn(function: Callable[[], T]) -> Future[T]:
-    """Run a function in a thread of its own, so that nobody waits for a place in a pool."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="accelrt-serve-work", daemon=True).start()
-    return future
-
-
-async def _in_thread(function: Callable[[], T]) -> T:
-    return await asyncio.shield(asyncio.wrap_future(_spawn(function)))
