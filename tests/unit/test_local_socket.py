@@ -356,6 +356,22 @@ def test_calls_that_do_not_wait_for_each_other_are_refused_or_answered_in_order(
             received(connection)
 
 
+@pytest.mark.parametrize("model", ["echo-float32", "slow"])
+def test_a_client_that_does_not_read_is_not_heard_and_others_are(endpoint: Endpoint, model: str) -> None:
+    x = np.ones((300_000,), np.float32)
+    data = frame(request_for(x if model == "echo-float32" else x[:100_000], model))
+    with contextlib.closing(greeted(socket_of(endpoint))) as connection:
+        connection.settimeout(1)
+        sent = 0
+        with pytest.raises((TimeoutError, BlockingIOError)):
+            for _ in range(400):  # half a gigabyte, which nobody would keep
+                connection.sendall(data)
+                sent += 1
+        assert sent < 20
+        small = np.ones((2, 2), np.float32)
+        np.testing.assert_array_equal(output(endpoint.infer(request_for(small), 20)), small)
+
+
 def test_more_connections_than_calls_that_may_be_are_refused() -> None:
     with served(standard(), GrpcSettings(max_calls=3)) as handle:
         with contextlib.closing(endpoint_of(handle.port)) as endpoint:

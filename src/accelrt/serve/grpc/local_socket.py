@@ -7,7 +7,7 @@ import json
 import logging
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import asdict
 from time import monotonic
 from typing import Any, Protocol, cast
@@ -35,8 +35,10 @@ class Answering(Protocol):
 
     keys: Keys
 
-    async def answer(self, data: Message, context: Any, *, streamed: bool) -> list[bytes | memoryview]:
-        """Return the parts of the answer to a ``ModelInferRequest``."""
+    def answer(
+        self, data: Message, context: Any, *, streamed: bool
+    ) -> list[bytes | memoryview] | Coroutine[Any, Any, list[bytes | memoryview]]:
+        """Return the parts of the answer to a ``ModelInferRequest``, at once or later."""
         ...
 
 
@@ -112,7 +114,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._body: bytearray | None = None
         self._microseconds = 0
         self._call: asyncio.Task[None] | None = None
-        self._finishing = False
+        self._finishing = self._unread = False
         self._alarm: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -128,6 +130,15 @@ class _Connection(asyncio.BufferedProtocol):
         self._allow(None)
         if self._call is not None:
             self._call.cancel()
+
+    def pause_writing(self) -> None:
+        # A client that does not read its answers is not heard until it does.
+        self._unread = True
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._unread = False
+        self._listen()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._into
@@ -147,9 +158,17 @@ class _Connection(asyncio.BufferedProtocol):
             return
         if self._alarm is not None:
             self._allow(None)
+        try:
+            found = self._front.answer(body, _Call(self._metadata, self._microseconds), streamed=False)
+            if isinstance(found, list):
+                self._reply(0, found)
+                return
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client is told and the server goes on
+            self._fail(error)
+            return
         # The client waits for the answer before it asks again; what it sends before that is left where it is.
         self._transport.pause_reading()
-        self._call = self._loop.create_task(self._answer(body))
+        self._call = self._loop.create_task(self._answer(found))
 
     def _begin(self, came: int) -> bool:
         """Take the head of a frame, and what came with it; return whether there is to be more of it."""
@@ -193,17 +212,20 @@ class _Connection(asyncio.BufferedProtocol):
         self._allow(None)
         self._transport.write(HEAD.pack(0, 0))
 
-    async def _answer(self, data: Message) -> None:
-        assert self._metadata is not None
+    async def _answer(self, coming: Coroutine[Any, Any, list[bytes | memoryview]]) -> None:
         try:
-            parts = await self._front.answer(data, _Call(self._metadata, self._microseconds), streamed=False)
-            self._reply(0, parts)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the client is told and the server goes on
+            self._reply(0, await coming)
+        except Exception as error:  # noqa: BLE001 - as above
             self._fail(error)
         self._call = None
         if self._finishing:
             self._transport.close()
-        elif not self._transport.is_closing():
+        else:
+            self._listen()
+
+    def _listen(self) -> None:
+        """Read on, unless something has to be done before."""
+        if self._call is None and not self._unread and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def _fail(self, error: Exception) -> None:

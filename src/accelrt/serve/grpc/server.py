@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from time import monotonic_ns
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -31,6 +31,9 @@ from accelrt.serve.shared_memory import SharedMemoryRegistry
 from accelrt.serve.telemetry import CARRIED, Telemetry, traced
 
 _LOG = logging.getLogger(__name__)
+
+Parts: TypeAlias = list[bytes | memoryview]
+"""Of a message, to be joined."""
 
 _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"
@@ -125,7 +128,8 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def infer(self, data: bytes, context: Any) -> bytes:
         """Answer one ``ModelInfer``."""
         try:
-            return b"".join(await self.answer(data, context, streamed=False))
+            found = self.answer(data, context, streamed=False)
+            return b"".join(found if isinstance(found, list) else await found)
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a status and the server goes on
             return bytes(await _abort(context, error))
 
@@ -206,8 +210,8 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
         """Answer ``grpc.health.v1.Health/Check``; whatever service is named, the answer is the server's."""
         return _SERVING if self._service.ready() and not self._stopping.is_set() else _NOT_SERVING
 
-    async def answer(self, data: Message, context: Any, *, streamed: bool) -> list[bytes | memoryview]:
-        """Return the parts of the answer to a ``ModelInferRequest``.
+    def answer(self, data: Message, context: Any, *, streamed: bool) -> Parts | Coroutine[Any, Any, Parts]:
+        """Return the parts of the answer to a ``ModelInferRequest``, at once or later.
 
         Raises:
             AccelrtError: Whatever the client is to be told.
@@ -217,22 +221,26 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
         if uses_shared_memory(wire):
             local_regions(self._regions, context.peer())
         service = self._service if self._lender is None else self._of(context)
-        model: ServedModel | None = service.find(wire.model_name, wire.model_version)
-        if model is None:
-            model = await service.model(wire.model_name, wire.model_version)
         request, answering = request_of(wire, self._regions, arrived)
         if not streamed and (left := context.time_remaining()) is not None:
             # What is not begun when the client stops waiting need not be begun at all.
             left_us = max(1, int(left * 1e6))
             request.timeout_us = min(request.timeout_us, left_us) if request.timeout_us else left_us
-        response = model.infer_now(request)
-        if response is None:
-            response = await model.infer(request)
-        return response_of(response, answering, self._regions, streamed=streamed)
+        model: ServedModel | None = service.find(wire.model_name, wire.model_version)
+        response = None if model is None else model.infer_now(request)
+        if response is not None:
+            return response_of(response, answering, self._regions, streamed=streamed)
+
+        async def later() -> Parts:
+            found = model or await service.model(wire.model_name, wire.model_version)
+            return response_of(await found.infer(request), answering, self._regions, streamed=streamed)
+
+        return later()
 
     async def _answer_in_stream(self, data: bytes, context: Any) -> bytes:
         try:
-            return write_stream_response(await self.answer(data, context, streamed=True))
+            found = self.answer(data, context, streamed=True)
+            return write_stream_response(found if isinstance(found, list) else await found)
         except Exception as error:  # noqa: BLE001 - an error answers its own request; the stream goes on
             return write_stream_response(_error_head(data), failure_of(error).details)
 
@@ -253,17 +261,22 @@ class TracedFrontEnd(FrontEnd):
         super().__init__(traced(service, telemetry), regions, settings, stopping, lender, local)
         self._telemetry = telemetry
 
-    async def answer(self, data: Message, context: Any, *, streamed: bool) -> list[bytes | memoryview]:
+    def answer(self, data: Message, context: Any, *, streamed: bool) -> Coroutine[Any, Any, Parts]:
+        """Return what the other front end does, within a span."""
+        return self._traced(super().answer, data, context, streamed)
+
+    async def _traced(self, answer: Callable[..., Any], data: Message, context: Any, streamed: bool) -> Parts:
         carrier = {key: str(value) for key, value in context.invocation_metadata() or () if key in CARRIED}
         span = self._telemetry.request("grpc", carrier, monotonic_ns())
         try:
             with span.current():
-                answer = await super().answer(data, context, streamed=streamed)
+                found = answer(data, context, streamed=streamed)
+                parts: Parts = found if isinstance(found, list) else await found
         except BaseException as error:
             span.end_grpc(error)
             raise
         span.end_grpc()
-        return answer
+        return parts
 
 
 def _error_head(data: bytes) -> list[bytes | memoryview]:
