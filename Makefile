@@ -52,7 +52,8 @@ build: $(VENV)/.test
 	$(BIN)/python -m build --outdir dist
 
 bench: $(VENV)/.test
-	for script in predict_overhead import_cost cut_cost reload precision offline cuts auto scheduler pipeline eia serve; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	missed=0; for script in predict_overhead import_cost cut_cost reload precision offline cuts auto scheduler pipeline eia serve; do \
+		$(BIN)/python benchmarks/$$script.py || missed=1; done; exit $$missed
 
 clean:
 	rm -rf $(VENV) dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
