@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import select
 import socket
@@ -174,6 +175,8 @@ def stolen(seconds: float) -> dict[str, float]:
 def main() -> None:
     """Do what the JSON on standard input says."""
     task: dict[str, Any] = json.load(sys.stdin)
+    if (processor := task.get("processor")) is not None:
+        os.sched_setaffinity(0, {processor})
     payload = request(task["target"], Path(task["body"]).read_bytes(), task["headers"])
     load = Load(task["port"], payload, task["connections"])
     if task["kind"] == "closed":
