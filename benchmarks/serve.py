@@ -15,7 +15,8 @@ server; and the latency of both at 70 % of the rate that was measured. Requests 
 server does, and latency counts from then. Where they are due at random times, no server can keep the 99th percentile
 near the median: requests have to queue. That run is held against a queue that costs nothing and serves at that rate.
 Client and server of a small model have a processor each then. Beside both goes a floor, in turns: for a small model a
-server that only sends the reply, for ResNet-50 the session alone. How much of its time a process that does nothing but look at the clock is kept from running is measured too.
+server that only sends the reply, for ResNet-50 the session alone. How much of its time a process that does nothing but
+look at the clock is kept from running is measured too.
 
 Claims: 1.5 times as many requests a second as Triton; ResNet-50 at 0.93 of the session's own rate; at 70 % load the
 99th percentile at most twice the median, and for random arrivals at most 1.2 times what an ideal queue has.
