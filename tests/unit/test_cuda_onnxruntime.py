@@ -400,14 +400,12 @@ def test_truth_values_are_such_to_others_and_back(engine: Any, tmp_path: Path) -
 
 
 def test_a_capsule_says_bool_where_onnxruntime_says_uint8(engine: Any, tmp_path: Path) -> None:
-    import ctypes
-
-    from accelrt_cuda.onnxruntime_runtime import _DL_CODE_AT, _pointer
+    from accelrt.graph.dlpack import exported
 
     with engine.load(compiled(engine, comparing(), tmp_path), devices()) as executable:
         kept = executable.run_resident({"x": np.ones((2, 3), np.float32)}, ["y"])["y"]
-        code = ctypes.c_uint8.from_address(_pointer(kept.__dlpack__(), b"dltensor") + _DL_CODE_AT).value
-    assert code == 6  # kDLBool in dlpack.h
+        found = exported(kept)
+    assert (found.code, found.bits, found.lanes) == (6, 8, 1)  # kDLBool in dlpack.h
 
 
 @pytest.mark.torch
