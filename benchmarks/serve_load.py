@@ -10,6 +10,7 @@ spared the requests that would have come meanwhile (coordinated omission).
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -175,6 +176,7 @@ def stolen(seconds: float) -> dict[str, float]:
 def main() -> None:
     """Do what the JSON on standard input says."""
     task: dict[str, Any] = json.load(sys.stdin)
+    gc.disable()  # a collection here would be seen as the server's latency
     if (processor := task.get("processor")) is not None:
         os.sched_setaffinity(0, {processor})
     payload = request(task["target"], Path(task["body"]).read_bytes(), task["headers"])
