@@ -307,7 +307,9 @@ class Server:
         self._namespace, self._environment = namespace, environment or {}
         self.http = self.grpc = 0
         self.starts = 0
-        self.log = Path(os.environ.get("ACCELRT_CACHE_DIR", "/tmp")) / f"server-{uuid.uuid4().hex[:8]}.log"
+        folder = Path(os.environ.get("ACCELRT_CACHE_DIR", "/tmp"))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / f"server-{uuid.uuid4().hex[:8]}.log"
         self.start()
 
     def start(self) -> None:
