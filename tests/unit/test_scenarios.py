@@ -489,7 +489,7 @@ class Session:
     calls = 0
     def predict(self, *inputs):
         self.calls += 1
-        if self.calls == 60 and not told.is_set():
+        if self.calls >= 60 and not told.is_set():  # two threads count, and one of them may see 61 at once
             told.set()
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.002)
