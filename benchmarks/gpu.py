@@ -55,6 +55,11 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 """Relative L2 error that a contestant of accelrt may have in the networks, against float32 on the CPU."""
 GROWTH_BYTES = 64 << 20
 """Memory by which a soak may end above where it began: allocators round, and 1 % of a model is less."""
+AS_FAST = 1.02
+"""Of the latency of the best other contestant: as fast, within what medians of one run scatter."""
+OF_EAGER = 0.5
+"""Of the latency of eager PyTorch, at batch 1."""
+EAGER = "torch eager"
 MATRIX = 8192
 SECONDS_EACH = 1.5
 """About how long the timed calls of one table take together."""
@@ -275,7 +280,12 @@ def _time(
             "other": peer,
             "ratio": ours[best] / others[peer],
         }
-        print(f"        {where}: {best} takes {ours[best] / others[peer]:.3f} times {peer}", flush=True)
+        ratio = ours[best] / others[peer]
+        if not report.dry:
+            report.claim(f"{where}: {best} takes {ratio:.3f} times {peer} (at most {AS_FAST})", ratio <= AS_FAST)
+            if label["batch"] == 1 and EAGER in others:
+                share = ours[best] / others[EAGER]
+                report.claim(f"{where}: {share:.2f} of eager PyTorch (at most {OF_EAGER})", share <= OF_EAGER)
 
 
 def _makers(ground: Any, arguments: argparse.Namespace, task: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
