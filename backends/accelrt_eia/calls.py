@@ -12,9 +12,9 @@ from accelrt.errors import ExecutionError, InputError, RequestError, RequestTooL
 from accelrt.graph.types import Signature, TensorType, Value, numpy_dtype
 from accelrt.protocol.client import Endpoint
 from accelrt.protocol.datatypes import DATATYPES, DTYPES, Array, from_contents, from_raw, to_raw
-from accelrt.protocol.local_socket import MOST_MESSAGE_BYTES
 from accelrt.protocol.wire import (
     BYTE_SIZE,
+    MOST_MESSAGE_BYTES,
     OFFSET,
     REGION,
     Parameters,

@@ -43,7 +43,7 @@ from accelrt.graph.types import Value
 from accelrt.protocol.address import Address, parse_address
 from accelrt.protocol.client import ClientSettings, Endpoint
 from accelrt.protocol.leases import EXTENSION, PRECISION, PRECISION_EXTENSION, content_name, placement_of
-from accelrt.protocol.local_socket import MOST_MESSAGE_BYTES
+from accelrt.protocol.wire import MOST_MESSAGE_BYTES
 from accelrt_eia.accelerators import Accelerators, addresses
 from accelrt_eia.borrowing import DEFAULT_LEASE_S, Borrowed
 from accelrt_eia.calls import Caller, Model, carriable

@@ -25,6 +25,7 @@ pytest.importorskip("grpc")
 
 from accelrt.errors import DeviceError, ModelNotFound, NotAllowed, Overloaded, RequestError, RequestTimeout
 from accelrt.protocol import client as client_module
+from accelrt.protocol import local_socket as local_socket_module
 from accelrt.protocol.address import parse_address
 from accelrt.protocol.client import INFER, ClientSettings, Endpoint
 from accelrt.protocol.datatypes import from_raw
@@ -212,6 +213,23 @@ def test_a_server_that_hangs_is_not_waited_for_longer_than_allowed() -> None:
             os.kill(server.process.pid, signal.SIGCONT)
     finally:
         server.kill()
+
+
+def test_a_call_that_needs_a_connection_nobody_greets_goes_another_way(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = np.ones((2, 2), np.float32)
+    endpoint.infer(request_for(x), 20)
+    assert endpoint._local is not None
+    endpoint._local.close()
+    name = "accelrt-" + os.urandom(16).hex()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.bind(abstract(name))
+        silent.listen()
+        endpoint._local._address = abstract(name)
+        monkeypatch.setattr(local_socket_module, "_GREETING_S", 0.1)
+        np.testing.assert_array_equal(output(endpoint.infer(request_for(x), 20)), x)
+    assert endpoint._local is None
 
 
 def test_a_server_that_stops_answers_what_is_under_way_first() -> None:

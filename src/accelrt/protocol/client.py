@@ -256,7 +256,6 @@ class Endpoint:
         if self.address.secure or not self.address.local:
             self._look_at = math.inf
             return None
-        found: LocalSocket | None = None
         with contextlib.suppress(AccelrtError, OSError):
             name = socket_named(self.ask("ServerMetadata", _LOOKING_S).extensions)
             if name is None:

@@ -35,11 +35,9 @@ from typing import Any
 
 from accelrt.errors import AccelrtError
 from accelrt.protocol.faults import error_of
+from accelrt.protocol.wire import MOST_MESSAGE_BYTES
 
 HEAD = struct.Struct("<QQ")
-MOST_MESSAGE_BYTES = (1 << 31) - 1
-"""protobuf and gRPC count a message's bytes in 31 bits."""
-
 OFFERED = sys.platform == "linux"
 """Whether this system has an abstract namespace for sockets."""
 
@@ -130,6 +128,9 @@ class LocalSocket:
             failed, reply = _exchange(made, self._greeting, 0, time.monotonic() + _GREETING_S)
             if failed:
                 raise _error(reply)
+        except TimeoutError as error:  # a call has its own time, which is not over
+            made.close()
+            raise ConnectionError("the server does not greet") from error
         except BaseException:
             made.close()
             raise

@@ -21,6 +21,9 @@ Parameters: TypeAlias = Mapping[str, Parameter]
 Buffer: TypeAlias = bytes | memoryview
 Message: TypeAlias = bytes | bytearray
 
+MOST_MESSAGE_BYTES = (1 << 31) - 1
+"""protobuf and gRPC count a message's bytes in 31 bits."""
+
 REGION, BYTE_SIZE, OFFSET = "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"
 """The parameters of a tensor that lies in shared memory."""
 
