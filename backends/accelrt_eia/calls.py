@@ -17,6 +17,7 @@ from accelrt.protocol.wire import (
     MOST_MESSAGE_BYTES,
     OFFSET,
     REGION,
+    Buffer,
     Parameters,
     WireInfer,
     WireTensor,
@@ -156,7 +157,7 @@ class Caller:
             at += aligned(size)
         return write_request(self._model.name, self._model.version, arrays, placed=placed, outputs=asked)
 
-    def _answer(self, arrays: Mapping[str, Array], reply: bytes | bytearray, region: Region | None) -> dict[str, Value]:
+    def _answer(self, arrays: Mapping[str, Array], reply: Buffer, region: Region | None) -> dict[str, Value]:
         try:
             return self._outputs(arrays, read_response(reply), region)
         except (RequestError, InputError) as error:

@@ -390,6 +390,20 @@ def test_a_client_that_does_not_read_is_not_heard_and_others_are(endpoint: Endpo
         np.testing.assert_array_equal(output(endpoint.infer(request_for(small), 20)), small)
 
 
+def test_a_large_message_that_is_only_announced_costs_no_memory(server: Any, endpoint: Endpoint) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    name, before = socket_of(endpoint), resident()
+    held = [greeted(name) for _ in range(8)]
+    for connection in held:
+        connection.sendall(HEAD.pack(250 << 20, 0) + b"abc")
+    np.testing.assert_array_equal(output(endpoint.infer(request_for(np.ones((2, 2), np.float32)), 20)), 1)
+    assert resident() - before < 100 << 20
+    for connection in held:
+        connection.close()
+
+
 def test_more_connections_than_calls_that_may_be_are_refused() -> None:
     with served(standard(), GrpcSettings(max_calls=3)) as handle:
         with contextlib.closing(endpoint_of(handle.port)) as endpoint:

@@ -28,6 +28,7 @@ from accelrt.protocol.address import Address
 from accelrt.protocol.faults import KIND, RETRY_AFTER, error_of
 from accelrt.protocol.leases import TOKEN
 from accelrt.protocol.local_socket import LocalSocket, socket_named
+from accelrt.protocol.wire import Buffer
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 
@@ -125,7 +126,7 @@ class Endpoint:
         self._local: LocalSocket | None = None
         self._look_at = 0.0
 
-    def infer(self, data: bytes, timeout_s: float, *, local_socket: bool = True) -> bytes | bytearray:
+    def infer(self, data: bytes, timeout_s: float, *, local_socket: bool = True) -> Buffer:
         """Call ``ModelInfer``; as `call`, and what it raises.
 
         Args:

@@ -33,9 +33,11 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from accelrt.errors import AccelrtError
 from accelrt.protocol.faults import error_of
-from accelrt.protocol.wire import MOST_MESSAGE_BYTES
+from accelrt.protocol.wire import MOST_MESSAGE_BYTES, Buffer
 
 HEAD = struct.Struct("<QQ")
 OFFERED = sys.platform == "linux"
@@ -66,6 +68,12 @@ def abstract(name: str) -> str:
     return f"\0{name}"
 
 
+def room(size: int) -> memoryview:
+    """Return memory for so many bytes, not touched before they are written: who only announces them costs none."""
+    flat: Any = np.empty(size, np.uint8)
+    return memoryview(flat)
+
+
 class LocalSocket:
     """Connections to a server's socket, as many as calls were under way at a time. Thread-safe.
 
@@ -89,7 +97,7 @@ class LocalSocket:
         """
         self._idle.append(self._connected())
 
-    def call(self, data: bytes, timeout_s: float) -> bytes | bytearray:
+    def call(self, data: bytes, timeout_s: float) -> Buffer:
         """Return the reply to a ``ModelInferRequest``.
 
         Raises:
@@ -137,9 +145,7 @@ class LocalSocket:
         return made
 
 
-def _exchange(
-    connection: socket.socket, data: bytes, microseconds: int, deadline: float
-) -> tuple[int, bytes | bytearray]:
+def _exchange(connection: socket.socket, data: bytes, microseconds: int, deadline: float) -> tuple[int, Buffer]:
     """Send a frame, and return the second number and the bytes of the one that answers it.
 
     Raises:
@@ -167,12 +173,11 @@ def _exchange(
     at = len(reply) - HEAD.size
     if not at <= size <= MOST_MESSAGE_BYTES:
         raise ConnectionAbortedError("what the server has sent is no reply")
-    whole = bytearray(size)
+    whole = room(size)
     whole[:at] = reply[HEAD.size :]
-    view = memoryview(whole)
     while at < size:
         connection.settimeout(max(deadline - time.monotonic(), 0.001))
-        count = connection.recv_into(view[at:])
+        count = connection.recv_into(whole[at:])
         if not count:
             raise ConnectionResetError("the server has closed the connection within a reply")
         at += count
@@ -187,10 +192,10 @@ def _more(connection: socket.socket, deadline: float) -> bytes:
     return found
 
 
-def _error(reply: bytes | bytearray) -> AccelrtError:
+def _error(reply: Buffer) -> AccelrtError:
     told: dict[str, Any] = {}
     with contextlib.suppress(ValueError):
-        found = json.loads(reply)
+        found = json.loads(bytes(reply))
         told = found if isinstance(found, dict) else {}
     error = error_of(str(told.get("code")), str(told.get("details", "")), told.get("kind"))
     if isinstance(after := told.get("retry_after_s"), int | float):

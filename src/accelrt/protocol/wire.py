@@ -19,7 +19,8 @@ from accelrt.protocol.datatypes import Array, datatype_of, to_raw
 Parameter: TypeAlias = bool | int | float | str
 Parameters: TypeAlias = Mapping[str, Parameter]
 Buffer: TypeAlias = bytes | memoryview
-Message: TypeAlias = bytes | bytearray
+Parts: TypeAlias = list[Buffer]
+"""Of a message, to be joined."""
 
 MOST_MESSAGE_BYTES = (1 << 31) - 1
 """protobuf and gRPC count a message's bytes in 31 bits."""
@@ -83,7 +84,7 @@ class _Remembered:
 _remembered: dict[tuple[int, int], tuple[_Remembered, ...]] = {}
 
 
-def read_request(data: Message) -> WireInfer:
+def read_request(data: Buffer) -> WireInfer:
     """Read a ``ModelInferRequest``; what is returned is not to be changed.
 
     Raises:
@@ -92,7 +93,7 @@ def read_request(data: Message) -> WireInfer:
     return _recalled(data, raw=7, asked=6)
 
 
-def read_response(data: Message) -> WireInfer:
+def read_response(data: Buffer) -> WireInfer:
     """Read a ``ModelInferResponse``; what is returned is not to be changed.
 
     Raises:
@@ -101,7 +102,7 @@ def read_response(data: Message) -> WireInfer:
     return _recalled(data, raw=6, asked=0)
 
 
-def _recalled(data: Message, raw: int, asked: int) -> WireInfer:
+def _recalled(data: Buffer, raw: int, asked: int) -> WireInfer:
     """Read a message. Those of one model differ in their tensors' bytes only: what else there was is remembered."""
     view = memoryview(data)
     key = (raw, len(data))
@@ -192,7 +193,7 @@ def write_response(
     typed: Mapping[str, bytes] | None = None,
     parameters: Parameters = _NONE,
     id: str = "",
-) -> list[Buffer]:
+) -> Parts:
     """Write a ``ModelInferResponse``, as parts to be joined.
 
     Args:
@@ -308,7 +309,7 @@ _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
 _DEEPEST_VARINT = 10
 
 
-def _read_varint(data: Message, at: int, end: int) -> tuple[int, int]:
+def _read_varint(data: Buffer, at: int, end: int) -> tuple[int, int]:
     value = shift = 0
     for index in range(at, min(end, at + _DEEPEST_VARINT)):
         byte = data[index]
@@ -319,7 +320,7 @@ def _read_varint(data: Message, at: int, end: int) -> tuple[int, int]:
     raise RequestError("The message is not protobuf: a number in it does not end.")
 
 
-def _fields(data: Message, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def _fields(data: Buffer, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield number, wire type, and either the place (start, end) of a field's bytes or (value, 0)."""
     while at < end:
         tag = data[at]
@@ -347,14 +348,14 @@ def _fields(data: Message, at: int, end: int) -> Iterator[tuple[int, int, int, i
             raise RequestError(f"The message is not protobuf of this protocol: it has a field of wire type {kind}.")
 
 
-def _string(data: Message, start: int, stop: int) -> str:
+def _string(data: Buffer, start: int, stop: int) -> str:
     try:
-        return data[start:stop].decode()
+        return str(data[start:stop], "utf-8")
     except UnicodeDecodeError:
         raise RequestError("The message is not protobuf: a text in it is not UTF-8.") from None
 
 
-def _read(data: Message, view: memoryview, at: int, end: int, *, raw: int, asked: int) -> tuple[WireInfer, list[slice]]:
+def _read(data: Buffer, view: memoryview, at: int, end: int, *, raw: int, asked: int) -> tuple[WireInfer, list[slice]]:
     """Return what a message says, and where its raw contents are."""
     found, places = WireInfer(), list[slice]()
     for number, kind, start, stop in _fields(data, at, end):
@@ -378,7 +379,7 @@ def _read(data: Message, view: memoryview, at: int, end: int, *, raw: int, asked
     return found, places
 
 
-def _read_tensor(data: Message, view: memoryview, at: int, end: int) -> WireTensor:
+def _read_tensor(data: Buffer, view: memoryview, at: int, end: int) -> WireTensor:
     name = datatype = ""
     shape: list[int] = []
     parameters: dict[str, Parameter] = {}
@@ -405,7 +406,7 @@ def _read_tensor(data: Message, view: memoryview, at: int, end: int) -> WireTens
     return WireTensor(name, datatype, tuple(shape), parameters, contents)
 
 
-def _read_asked(data: Message, at: int, end: int) -> tuple[str, Parameters]:
+def _read_asked(data: Buffer, at: int, end: int) -> tuple[str, Parameters]:
     name, parameters = "", dict[str, Parameter]()
     for number, kind, start, stop in _fields(data, at, end):
         if kind == _DELIMITED and number == 1:
@@ -415,7 +416,7 @@ def _read_asked(data: Message, at: int, end: int) -> tuple[str, Parameters]:
     return name, parameters
 
 
-def _read_parameter(data: Message, at: int, end: int, into: dict[str, Any]) -> None:
+def _read_parameter(data: Buffer, at: int, end: int, into: dict[str, Any]) -> None:
     key = ""
     value: Parameter | None = None
     for number, kind, start, stop in _fields(data, at, end):

@@ -14,8 +14,8 @@ from typing import Any, Protocol, cast
 
 from accelrt.errors import NotAllowed, Overloaded, RequestError, RequestTooLarge
 from accelrt.protocol.client import INFER
-from accelrt.protocol.local_socket import HEAD, OFFERED, abstract
-from accelrt.protocol.wire import Message
+from accelrt.protocol.local_socket import HEAD, OFFERED, abstract, room
+from accelrt.protocol.wire import Buffer, Parts
 from accelrt.serve.grpc.access import Keys
 from accelrt.serve.grpc.outcomes import failure_of
 from accelrt.serve.grpc.settings import GrpcSettings
@@ -35,9 +35,7 @@ class Answering(Protocol):
 
     keys: Keys
 
-    def answer(
-        self, data: Message, context: Any, *, streamed: bool
-    ) -> list[bytes | memoryview] | Coroutine[Any, Any, list[bytes | memoryview]]:
+    def answer(self, data: Buffer, context: Any, *, streamed: bool) -> Parts | Coroutine[Any, Any, Parts]:
         """Return the parts of the answer to a ``ModelInferRequest``, at once or later."""
         ...
 
@@ -111,7 +109,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._metadata: Sequence[tuple[str, str]] | None = None
         self._first = bytearray(_READ_AT_ONCE)
         self._into = memoryview(self._first)
-        self._body: bytearray | None = None
+        self._body: memoryview | None = None
         self._microseconds = 0
         self._call: asyncio.Task[None] | None = None
         self._finishing = self._unread = False
@@ -180,8 +178,7 @@ class _Connection(asyncio.BufferedProtocol):
         if came - HEAD.size > size:
             self._refuse(RequestError("More bytes came than were announced: calls wait for each other."))
             return False
-        self._body = bytearray(size)
-        self._into = memoryview(self._body)
+        self._body = self._into = room(size)
         self._into[: came - HEAD.size] = memoryview(self._first)[HEAD.size : came]
         self._into = self._into[came - HEAD.size :]
         if self._into and self._alarm is None:
@@ -199,9 +196,9 @@ class _Connection(asyncio.BufferedProtocol):
         """Close, whatever is under way."""
         self._transport.abort()
 
-    def _greet(self, body: bytearray) -> None:
+    def _greet(self, body: memoryview) -> None:
         try:
-            metadata = [(str(key), str(value)) for key, value in json.loads(body)]
+            metadata = [(str(key), str(value)) for key, value in json.loads(bytes(body))]
         except (ValueError, TypeError):
             self._refuse(RequestError("The first frame is no list of metadata."))
             return
@@ -212,7 +209,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._allow(None)
         self._transport.write(HEAD.pack(0, 0))
 
-    async def _answer(self, coming: Coroutine[Any, Any, list[bytes | memoryview]]) -> None:
+    async def _answer(self, coming: Coroutine[Any, Any, Parts]) -> None:
         try:
             self._reply(0, await coming)
         except Exception as error:  # noqa: BLE001 - as above
@@ -231,7 +228,7 @@ class _Connection(asyncio.BufferedProtocol):
     def _fail(self, error: Exception) -> None:
         self._reply(1, [json.dumps(asdict(failure_of(error))).encode()])
 
-    def _reply(self, failed: int, parts: Sequence[bytes | memoryview]) -> None:
+    def _reply(self, failed: int, parts: Parts) -> None:
         self._transport.write(b"".join((HEAD.pack(sum(map(len, parts)), failed), *parts)))
 
     def _refuse(self, error: Exception) -> None:

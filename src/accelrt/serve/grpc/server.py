@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from time import monotonic_ns
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -18,7 +17,7 @@ from accelrt.protocol.faults import KIND, RETRY_AFTER
 from accelrt.protocol.leases import TOKEN, is_token
 from accelrt.protocol.local_socket import advertised
 from accelrt.protocol.messages import METHODS
-from accelrt.protocol.wire import Message, read_request, write_stream_response
+from accelrt.protocol.wire import Buffer, Parts, read_request, write_stream_response
 from accelrt.serve.extensions import extensions
 from accelrt.serve.grpc.access import Keys
 from accelrt.serve.grpc.control import ABSENT, Control, local_regions
@@ -29,11 +28,6 @@ from accelrt.serve.grpc.tensors import request_of, response_of, uses_shared_memo
 from accelrt.serve.interface import Lending, ServedModel, Service
 from accelrt.serve.shared_memory import SharedMemoryRegistry
 from accelrt.serve.telemetry import CARRIED, Telemetry, traced
-
-_LOG = logging.getLogger(__name__)
-
-Parts: TypeAlias = list[bytes | memoryview]
-"""Of a message, to be joined."""
 
 _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"
@@ -210,7 +204,7 @@ class FrontEnd(grpc.GenericRpcHandler):  # type: ignore[misc]
         """Answer ``grpc.health.v1.Health/Check``; whatever service is named, the answer is the server's."""
         return _SERVING if self._service.ready() and not self._stopping.is_set() else _NOT_SERVING
 
-    def answer(self, data: Message, context: Any, *, streamed: bool) -> Parts | Coroutine[Any, Any, Parts]:
+    def answer(self, data: Buffer, context: Any, *, streamed: bool) -> Parts | Coroutine[Any, Any, Parts]:
         """Return the parts of the answer to a ``ModelInferRequest``, at once or later.
 
         Raises:
@@ -261,11 +255,11 @@ class TracedFrontEnd(FrontEnd):
         super().__init__(traced(service, telemetry), regions, settings, stopping, lender, local)
         self._telemetry = telemetry
 
-    def answer(self, data: Message, context: Any, *, streamed: bool) -> Coroutine[Any, Any, Parts]:
+    def answer(self, data: Buffer, context: Any, *, streamed: bool) -> Coroutine[Any, Any, Parts]:
         """Return what the other front end does, within a span."""
         return self._traced(super().answer, data, context, streamed)
 
-    async def _traced(self, answer: Callable[..., Any], data: Message, context: Any, streamed: bool) -> Parts:
+    async def _traced(self, answer: Callable[..., Any], data: Buffer, context: Any, streamed: bool) -> Parts:
         carrier = {key: str(value) for key, value in context.invocation_metadata() or () if key in CARRIED}
         span = self._telemetry.request("grpc", carrier, monotonic_ns())
         try:
@@ -279,7 +273,7 @@ class TracedFrontEnd(FrontEnd):
         return parts
 
 
-def _error_head(data: bytes) -> list[bytes | memoryview]:
+def _error_head(data: bytes) -> Parts:
     """Return a response without tensors, so that a client knows which of its requests an error belongs to."""
     from accelrt.protocol.wire import write_response
 

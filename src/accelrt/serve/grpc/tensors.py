@@ -14,8 +14,8 @@ from accelrt.protocol.wire import (
     BYTE_SIZE,
     OFFSET,
     REGION,
-    Buffer,
     Parameters,
+    Parts,
     WireInfer,
     WireTensor,
     write_response,
@@ -76,7 +76,7 @@ def request_of(wire: WireInfer, regions: SharedMemoryRegistry, arrived_ns: int) 
 
 def response_of(
     response: InferResponse, answering: Answering, regions: SharedMemoryRegistry, *, streamed: bool = False
-) -> list[Buffer]:
+) -> Parts:
     """Return a response as parts of a message to be joined, with what belongs there in shared memory.
 
     Raises:
